@@ -1,0 +1,255 @@
+"""Terms: what a tensor is, whatever syntax produced it.
+
+    Term  = coef · Σ_bound Π factors
+    factor = leaf[axes] ^ ±1  |  guard(Term) ^ ±1
+    guard = z + eps  |  max(z, eps)
+    Value = Term with output axes, dtype
+
+A leaf is a tensor of the graph that the algebra does not look into. Terms are immutable; every operation
+returns a new one. Indices inside a guard's own sum are private to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import sympy
+import torch
+from torch import fx
+
+from bla_inductor.algebra.index import (
+    Axes,
+    Axis,
+    Index,
+    Inexpressible,
+    Size,
+    Substitution,
+    as_size,
+    equal,
+    refine,
+    substitute_axes,
+)
+
+__all__ = [
+    "Factor",
+    "Guard",
+    "Leaf",
+    "Part",
+    "Read",
+    "Term",
+    "Value",
+    "align",
+    "constant",
+    "guarded",
+    "leaf_value",
+    "multiply",
+    "reciprocal",
+]
+
+Coefficient = float | sympy.Expr
+_MOST_FACTORS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a concatenated leaf: `length` entries along the leaf's axis, equal to `value`."""
+
+    value: Value
+    length: Size
+
+
+@dataclass(eq=False, slots=True)
+class Leaf:
+    """A tensor the algebra does not look into; compared by identity.
+
+    node: the graph node whose result it is, None while it lives inside one node only.
+    fixed: it depends on parameters, buffers and constants alone.
+    parts: for a padded or concatenated tensor, the axis and its pieces.
+    """
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    fixed: bool
+    operation: str
+    node: fx.Node | None = None
+    born: int = -1
+    parts: tuple[int, tuple[Part, ...]] | None = None
+
+    def __repr__(self) -> str:
+        return self.node.name if self.node is not None else f"<{self.operation}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """leaf[axes] ** power; dtype is the narrowest it was cast to on the way into the product."""
+
+    leaf: Leaf
+    axes: Axes
+    dtype: torch.dtype
+    power: int = 1
+
+    def substitute(self, mapping: Substitution) -> Read:
+        return replace(self, axes=substitute_axes(self.axes, mapping))
+
+    def indices(self) -> frozenset[Index]:
+        return frozenset(i for axis in self.axes for i in axis)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """(term + eps) ** power or max(term, eps) ** power."""
+
+    term: Term
+    kind: Literal["add", "clamp"]
+    eps: Coefficient
+    power: int = 1
+
+    def substitute(self, mapping: Substitution) -> Guard:
+        return replace(self, term=self.term.substitute(mapping))
+
+    def indices(self) -> frozenset[Index]:
+        return self.term.free()
+
+    def leaves(self) -> Iterator[Leaf]:
+        return self.term.leaves()
+
+
+Factor = Read | Guard
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """coef · Σ_bound Π factors; `precision` is the narrowest dtype that a sum of it was kept in."""
+
+    factors: tuple[Factor, ...] = ()
+    bound: tuple[Index, ...] = ()
+    coef: Coefficient = 1.0
+    precision: torch.dtype | None = None
+
+    def substitute(self, mapping: Substitution) -> Term:
+        if not mapping:
+            return self
+        return replace(
+            self,
+            factors=tuple(f.substitute(mapping) for f in self.factors),
+            bound=substitute_axes((self.bound,), mapping)[0],
+        )
+
+    def free(self) -> frozenset[Index]:
+        return frozenset().union(*(f.indices() for f in self.factors)) - set(self.bound)
+
+    def leaves(self) -> Iterator[Leaf]:
+        for factor in self.factors:
+            yield from factor.leaves()
+
+    def fixed(self) -> bool:
+        """It depends on parameters, buffers and constants, and on at least one of them."""
+        leaves = list(self.leaves())
+        return bool(leaves) and all(leaf.fixed for leaf in leaves)
+
+    def scaled(self, by: Coefficient) -> Term:
+        return replace(self, coef=self.coef * by)
+
+    def summed(self, indices: Axis, dtype: torch.dtype) -> Term:
+        """Σ over `indices`, kept in `dtype`; an index that nothing reads counts as its size."""
+        read = frozenset().union(*(f.indices() for f in self.factors))
+        coef = self.coef
+        for index in indices:
+            if index not in read:
+                coef = coef * index.size
+        bound = self.bound + tuple(i for i in indices if i in read)
+        return Term(self.factors, bound, coef, _narrower(self.precision, dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A tensor: what it is (`term`), how it is laid out (`axes`), and the dtype it is kept in."""
+
+    term: Term
+    axes: Axes
+    dtype: torch.dtype
+
+    def substitute(self, mapping: Substitution) -> Value:
+        if not mapping:
+            return self
+        return Value(self.term.substitute(mapping), substitute_axes(self.axes, mapping), self.dtype)
+
+    def fresh(self) -> Value:
+        """The same value in new indices, so that it can be combined with anything, itself included."""
+        old = {i for axis in self.axes for i in axis} | set(self.term.bound)
+        return self.substitute({i: (Index(i.size),) for i in old})
+
+    def cast(self, dtype: torch.dtype) -> Value:
+        """To another dtype. A product that is still a plain product remembers that it was narrowed."""
+        term = self.term
+        if not term.bound and dtype.is_floating_point:
+            term = replace(term, factors=tuple(_narrow(f, dtype) for f in term.factors))
+        return Value(term, self.axes, dtype)
+
+
+def _narrow(factor: Factor, dtype: torch.dtype) -> Factor:
+    if isinstance(factor, Read) and factor.dtype.itemsize > dtype.itemsize:
+        return replace(factor, dtype=dtype)
+    return factor
+
+
+def leaf_value(leaf: Leaf) -> Value:
+    """The leaf itself, read in full."""
+    axes = tuple(() if equal(size, 1) else (Index(size),) for size in leaf.shape)
+    return Value(Term((Read(leaf, axes, leaf.dtype),)), axes, leaf.dtype)
+
+
+def constant(number: Coefficient, tensor: torch.Tensor) -> Value:
+    """A tensor filled with one number."""
+    sizes = [as_size(s) for s in tensor.shape]
+    axes = tuple(() if equal(size, 1) else (Index(size),) for size in sizes)
+    return Value(Term(coef=number), axes, tensor.dtype)
+
+
+def align(a: Value, b: Value, pairs: Mapping[int, int]) -> tuple[Value, Value]:
+    """Both values rewritten so that axis i of `a` and axis `pairs[i]` of `b` are the same indices.
+
+    An axis of size one is left alone: it broadcasts. `b` must be fresh.
+    """
+    for i, j in pairs.items():
+        if a.axes[i] and b.axes[j]:
+            to_a, to_b = refine(a.axes[i], b.axes[j])
+            a, b = a.substitute(to_a), b.substitute(to_b)
+    return a, b
+
+
+def multiply(a: Term, b: Term) -> Term:
+    """a · b; their bound indices must be different ones."""
+    factors = a.factors + b.factors
+    if len(factors) > _MOST_FACTORS:
+        raise Inexpressible("too long a product to be attention")
+    precision = _narrower(a.precision, b.precision)
+    return Term(factors, a.bound + b.bound, a.coef * b.coef, precision)
+
+
+def _narrower(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:
+    if a is None or b is None:
+        return a or b
+    return a if a.itemsize <= b.itemsize else b
+
+
+def reciprocal(term: Term) -> Term:
+    """1 / term: a plain product is inverted factor by factor, a sum goes below the line as a whole."""
+    if term.bound:
+        return Term((Guard(_private(term), "add", 0.0, -1),))
+    return Term(tuple(replace(f, power=-f.power) for f in term.factors), (), 1 / term.coef)
+
+
+def guarded(term: Term, kind: Literal["add", "clamp"], eps: Coefficient) -> Term:
+    """term + eps, or max(term, eps)."""
+    return Term((Guard(_private(term), kind, eps),))
+
+
+def _private(term: Term) -> Term:
+    """The same sum over indices that nothing else uses, so that no substitution can capture them."""
+    return term.substitute({i: (Index(i.size),) for i in term.bound})

@@ -1,0 +1,72 @@
+"""When the rewrite pays.
+
+Linear attention moves bytes: fused, q, k, v are read once and the result is written once. The order of the
+contraction decides the arithmetic: (N + M)·D·Dv multiply-adds a head when the state is formed first, N·M·(D + Dv)
+when the N × M matrix is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["KERNEL_LIMIT", "Decision", "Problem", "decide"]
+
+KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Triton kernels take
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Sizes (hints, where symbolic): `batch` heads in all, queries, keys, feature and value channels."""
+
+    batch: int
+    n: int
+    m: int
+    c: int
+    d: int
+    quadratic: bool
+    device: str
+    itemsize: int
+
+    def linear_flops(self) -> int:
+        return 2 * self.batch * (self.n + self.m) * self.c * self.d
+
+    def quadratic_flops(self) -> int:
+        return 2 * self.batch * self.n * self.m * (self.c + self.d)
+
+    def fused_bytes(self) -> int:
+        """q, k, v read and the result written, once each."""
+        return self.itemsize * self.batch * (self.n + self.m) * (self.c + self.d)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    pays: bool
+    reason: str
+
+
+def decide(p: Problem) -> Decision:
+    """Whether to rewrite, and the reason in words."""
+    if p.device == "cuda" and max(p.c, p.d) > KERNEL_LIMIT:
+        return Decision(
+            False,
+            f"head dims of {p.c} and {p.d}: the kernels take at most {KERNEL_LIMIT}; a state of that size "
+            "is matrix-bound, and a plain GEMM is as fast",
+        )
+    gain = p.quadratic_flops() / max(p.linear_flops(), 1)
+    if p.quadratic and p.device == "cuda" and gain < 1:
+        return Decision(
+            False,
+            f"written as (qkᵀ)v with N={p.n}, M={p.m} against D={p.c}, Dv={p.d}: that order takes "
+            f"{1 / gain:.1f}× fewer FLOPs than q(kᵀv), so it stays; options={{'rewrite': 'always'}} overrides",
+        )
+    if p.quadratic and gain > 1:
+        return Decision(True, f"q(kᵀv) instead of (qkᵀ)v: {gain:.1f}× fewer FLOPs, no N×M matrix")
+    return Decision(True, f"q, k, v read and the result written once: {_bytes(p.fused_bytes())}")
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.3g} GiB"

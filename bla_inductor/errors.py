@@ -1,0 +1,93 @@
+"""The errors that a compilation with `backend="bla"` raises.
+
+Dynamo shows them as "backend='bla' raised:" and the message, so the first line of each says by
+itself what is wrong and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bla_inductor.report import Report
+
+
+class BlaError(Exception):
+    """Any error of this package that a user can mend."""
+
+
+class BlaOptionError(BlaError, ValueError):
+    """An option that does not exist, or a value that its option does not take.
+
+    `key` is the option or the environment variable, `got` what was given, `valid` what may be
+    given instead, `nearest` the likeliest of them or None.
+    """
+
+    def __init__(self, message: str, key: str, got: Any, valid: Iterable[str], nearest: str | None):
+        super().__init__(message)
+        self.key, self.got, self.valid, self.nearest = key, got, tuple(valid), nearest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.key, self.got, self.valid, self.nearest)
+
+    @classmethod
+    def unknown_key(
+        cls, key: str, got: Any, own: Iterable[str], inductor: Iterable[str]
+    ) -> BlaOptionError:
+        """`key` is neither one of `own` nor one of Inductor's configuration keys."""
+        own = tuple(own)
+        valid = (*own, *inductor)
+        nearest = _nearest(key, valid)
+        return cls(
+            f"unknown option {key!r}{_suggest(nearest)} bla's own are {', '.join(own)}; "
+            "Inductor's are accepted too (torch._inductor.list_options()).",
+            key,
+            got,
+            valid,
+            nearest,
+        )
+
+    @classmethod
+    def bad_value(cls, key: str, got: Any, valid: Iterable[str]) -> BlaOptionError:
+        """`key` exists, but takes one of `valid`."""
+        valid = tuple(valid)
+        nearest = _nearest(str(got), valid)
+        return cls(
+            f"option {key}={got!r} should be one of {', '.join(valid)}{_suggest(nearest)}",
+            key,
+            got,
+            valid,
+            nearest,
+        )
+
+
+class BlaNoMatchError(BlaError, RuntimeError):
+    """`strict=True`, and a compiled graph holds nothing that was rewritten.
+
+    `report` has every refusal. Dynamo compiles the pieces between graph breaks one by one, and
+    `strict` judges each by itself.
+    """
+
+    def __init__(self, report: Report):
+        super().__init__(
+            "strict=True, and nothing in this graph was rewritten "
+            f"({report.summary()}). Without strict it compiles as it is.\n"
+            "strict judges every compiled graph by itself: with graph breaks, a piece without "
+            "attention raises as well, so use it with torch.compile(..., fullgraph=True).\n"
+            f"{report}"
+        )
+        self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.report,)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    found = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def _suggest(nearest: str | None) -> str:
+    return f"; did you mean {nearest!r}?" if nearest else "."

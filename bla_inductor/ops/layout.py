@@ -1,0 +1,69 @@
+"""Shapes and memory orders: broadcasting of batch dims and dense allocation, without guards on symbolic sizes."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def known(condition: object) -> bool:
+    """True if `condition` (a bool or a SymBool) is known to hold without asking for a guard."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)  # type: ignore[arg-type]
+
+
+def broadcast(shapes: Iterable[Sequence[int]]) -> list[int]:
+    """The common shape of equally long `shapes` whose sizes are equal or 1."""
+    return [next((s for s in sizes if not known(s == 1)), 1) for sizes in zip(*shapes, strict=True)]
+
+
+def query_batch(tensors: Sequence[Tensor | None]) -> list[int]:
+    """The batch shape of the result, from (q, k, v, q_norm, k_norm)."""
+    return broadcast(t.shape[:-2] for t in tensors if t is not None)
+
+
+def key_batch(k: Tensor, v: Tensor, k_norm: Tensor | None) -> list[int]:
+    """The batch shape of the state and of the key sum."""
+    return broadcast(t.shape[:-2] for t in (k, v, k_norm) if t is not None)
+
+
+def empty_dense(
+    like: Tensor, sizes: Sequence[int], dtype: torch.dtype, order: Sequence[int] | None
+) -> Tensor:
+    """Uninitialised, of `sizes`, dense in memory with its dims in `order`, outermost first."""
+    if order is None:
+        return torch.empty(sizes, dtype=dtype, device=like.device)
+    inverse = [0] * len(order)
+    for position, dim in enumerate(order):
+        inverse[dim] = position
+    memory = torch.empty([sizes[d] for d in order], dtype=dtype, device=like.device)
+    return memory.permute(inverse)
+
+
+def dense_order(x: Tensor) -> list[int]:
+    """The dims of x from the largest stride to the smallest: the order in which a gradient of x is laid out.
+
+    Contiguous where x repeats memory, or where symbolic strides have no known order.
+    """
+    strides = x.stride()
+    identity = list(range(x.dim()))
+    if any(known(s == 0) for s in strides):
+        return identity
+    order: list[int] = []
+    for dim in identity:
+        position = len(order)
+        while position and not known(strides[order[position - 1]] >= strides[dim]):
+            if not known(strides[order[position - 1]] <= strides[dim]):
+                return identity
+            position -= 1
+        order.insert(position, dim)
+    return order
+
+
+def reduce_batch(x: Tensor, batch: Sequence[int]) -> Tensor:
+    """Sum the batch dims of x that were broadcast from size 1, down to `batch`."""
+    dims = [i for i, size in enumerate(batch) if size == 1 and x.shape[i] != 1]
+    return x.sum(dims, keepdim=True) if dims else x

@@ -1,0 +1,276 @@
+"""From a match to nodes: which tensors are the operands, in what layout, in what dtype.
+
+`Plan.make` decides and changes nothing; `Plan.emit` writes the nodes. Either raises `Unemittable` with a reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
+from bla_inductor.algebra import Axes, Axis, Factor, Index, Observation, Read, product
+from bla_inductor.cost import Problem
+from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
+from bla_inductor.operands import Catalogue, Source
+from bla_inductor.patterns import LinearAttention
+
+__all__ = ["Plan"]
+
+aten = torch.ops.aten
+_INDIFFERENT = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A product of factors as (*batch, rows, columns) of the operator."""
+
+    factors: tuple[Factor, ...]
+    source: Source | None
+    rows: tuple[Index, ...]
+    columns: tuple[Index, ...]
+
+    @property
+    def reads(self) -> list[Read]:
+        return [f for f in self.factors if isinstance(f, Read)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.source is not None:
+            return self.source.dtype
+        return min((r.dtype for r in self.reads), key=lambda d: d.itemsize)
+
+    @property
+    def coef(self) -> Any:
+        return 1.0 if self.source is None else self.source.coef
+
+    @property
+    def nodes(self) -> list[tuple[fx.Node, int]]:
+        """The nodes that are read, each with the leaf's birth, or -1 for a product of the user's."""
+        if self.source is not None:
+            born = self.factors[0].leaf.born if len(self.reads) == len(self.factors) == 1 else -1
+            return [(self.source.node, born)]
+        return [(r.leaf.node, r.leaf.born) for r in self.reads if r.leaf.node is not None]
+
+    def order(self, indices: Sequence[Index]) -> Axis:
+        """`indices` in the order in which the operand has them in memory, nearly always."""
+        axes = self.source.axes if self.source is not None else self.reads[0].axes
+        return grouped([i for axis in axes for i in axis], {"": indices})[""]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that will be emitted in place of `root`."""
+
+    root: fx.Node
+    found: LinearAttention
+    q: Operand
+    k: Operand
+    v: Operand
+    q_norm: Operand | None
+    k_norm: Operand | None
+    batch: tuple[Index, ...]
+    n: Axis
+    d: Axis
+    out_order: tuple[int, ...] | None
+    dtype: torch.dtype
+    exact: bool  # somebody may notice the strides of the result
+
+    @classmethod
+    def make(
+        cls, root: fx.Node, found: LinearAttention, seen: Observation, catalogue: Catalogue
+    ) -> Plan:
+        def operand(factors: tuple[Factor, ...], rows: Axis, columns: Axis) -> Operand:
+            made = Operand(factors, catalogue.find(factors, root), rows, columns)
+            if made.source is None and any(
+                not isinstance(f, Read) or f.leaf.node is None for f in factors
+            ):
+                raise Unemittable("a divisor inside one operator cannot be separated from it")
+            return Operand(factors, made.source, made.order(rows), made.order(columns))
+
+        value, tensor = seen.values[root], seen.tensors[root]
+        exact = not all(_ignores_strides(user) for user in root.users)
+        dims = memory_order(tensor, seen.hint) if exact else range(tensor.dim())
+        flat = [i for dim in dims for i in value.axes[dim]]
+        groups = grouped(flat, {"batch": found.batch, "n": found.n, "d": found.d})
+        batch, n, d = groups["batch"], groups["n"], groups["d"]
+        k = operand(found.k, found.m, found.c)
+        q = operand(found.q, n, k.columns)
+        q = Operand(q.factors, q.source, n, k.columns)
+        v = operand(found.v, k.rows, d)
+        v = Operand(v.factors, v.source, k.rows, d)
+        q_norm = k_norm = None
+        if (z := found.normaliser) is not None:
+            k_norm = operand(z.k, z.m, z.c)
+            made = operand(z.q, n, z.c)
+            q_norm = Operand(made.factors, made.source, n, k_norm.columns)
+        position = {i: at for at, i in enumerate(batch)}
+        position |= dict.fromkeys(n, len(batch)) | dict.fromkeys(d, len(batch) + 1)
+        order = [at for at, _ in itertools.groupby(position[i] for i in flat)]
+        dense = len(order) == len(set(order)) == len(batch) + 2
+        plan = cls(
+            root,
+            found,
+            q,
+            k,
+            v,
+            q_norm,
+            k_norm,
+            batch,
+            n,
+            d,
+            tuple(order) if dense and order != sorted(order) else None,
+            tensor.dtype,
+            exact,
+        )
+        plan._check(seen)
+        return plan
+
+    @property
+    def operands(self) -> dict[str, Operand]:
+        named = {"q": self.q, "k": self.k, "v": self.v, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        return {name: operand for name, operand in named.items() if operand is not None}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        dtypes = [o.dtype for o in self.operands.values() if o.dtype.is_floating_point]
+        if not dtypes:
+            raise Unemittable("none of q, k, v is a floating-point tensor")
+        common = dtypes[0]
+        for dtype in dtypes[1:]:
+            common = torch.promote_types(common, dtype)
+        return common
+
+    def _check(self, seen: Observation) -> None:
+        devices = {seen.tensors[node].device for o in self.operands.values() for node, _ in o.nodes}
+        if len(devices) != 1:
+            raise Unemittable(f"q, k and v are on different devices: {', '.join(map(str, devices))}")
+        for dtype in (self.compute_dtype, self.dtype):
+            if dtype not in _DTYPES:
+                raise Unemittable(f"dtype {dtype}: the operator takes fp16, bf16, fp32 and fp64")
+        at = seen.position[self.root]
+        outer = [Operand((f,), None, (), ()) for f in self.found.outer]
+        for operand in [*self.operands.values(), *outer]:
+            for node, born in operand.nodes:
+                after = born if born >= 0 else seen.position[node]
+                if seen.written(node, after, before=at):
+                    raise Unemittable(
+                        f"`{node}` is modified in place after it was read; "
+                        "write it out of place (x = x + y instead of x += y)"
+                    )
+        if self.q_norm is not None and self.k_norm is not None:
+            rows = seen.hint(product(i.size for i in self.k_norm.rows))
+            if rows != seen.hint(product(i.size for i in self.k.rows)):
+                raise Unemittable("the normaliser sums over another sequence than the numerator")
+
+    def problem(self, seen: Observation) -> Problem:
+        def size(axis: Sequence[Index]) -> int:
+            return seen.hint(product(i.size for i in axis))
+
+        return Problem(
+            batch=size(self.batch),
+            n=size(self.n),
+            m=size(self.k.rows),
+            c=size(self.k.columns),
+            d=size(self.d),
+            quadratic=self.found.quadratic,
+            device=seen.tensors[self.root].device.type,
+            itemsize=self.compute_dtype.itemsize,
+        )
+
+    def emit(self, emitter: Emitter, seen: Observation) -> fx.Node:
+        """Write the operator and what surrounds it; the node that takes the place of `root`."""
+        nodes = {name: self._operand(emitter, o) for name, o in self.distinct().items()}
+        kwargs: dict[str, Any] = {"scale": self._scale(emitter, self.found.scale, "q", "k", "v")}
+        if (z := self.found.normaliser) is not None:
+            kwargs["normalizer"] = z.kind
+            kwargs["norm_scale"] = self._scale(emitter, z.scale, "q_norm", "k_norm")
+            kwargs["eps"] = emitter.number(z.eps)
+        if self.dtype != self.compute_dtype:
+            kwargs["out_dtype"] = self.dtype
+        if self.out_order is not None:
+            kwargs["out_order"] = list(self.out_order)
+        for name in ("q_norm", "k_norm"):
+            if name in nodes:
+                kwargs[name] = nodes[name]
+        result = emitter.call(
+            torch.ops.bla.linear_attention.default, nodes["q"], nodes["k"], nodes["v"], **kwargs
+        )
+        axes: Axes = (*((i,) for i in self.batch), self.n, self.d)
+        for factor in self.found.outer:
+            result = self._times(emitter, result, factor, axes)
+        target = seen.values[self.root].axes
+        result = emitter.laid_out(result, axes, target, [False] * len(target))
+        result = emitter.cast(result, self.dtype)
+        if not self.exact:
+            return result
+        original = seen.tensors[self.root]
+        if not emitter.same_layout(result, original) and original.is_contiguous():
+            result = emitter.call(aten.clone.default, result, memory_format=torch.contiguous_format)
+        if not emitter.same_layout(result, original):
+            raise Unemittable("its result has strides that no kernel writes")
+        return result
+
+    def distinct(self) -> dict[str, Operand]:
+        """The operands to pass: q' and k' only where they differ from q and k."""
+        named = self.operands
+        for name, same in zip(("q_norm", "k_norm"), self.shared, strict=True):
+            if same:
+                named.pop(name, None)
+        return named
+
+    @property
+    def shared(self) -> tuple[bool, bool]:
+        """Whether the normaliser's q' is q, and its k' is k."""
+        pairs = ((self.q_norm, self.q), (self.k_norm, self.k))
+        same_q, same_k = (a is not None and self._signature(a) == self._signature(b) for a, b in pairs)
+        return same_q, same_k
+
+    def _signature(self, operand: Operand) -> object:
+        if operand.source is None:
+            return operand
+        have = [i for axis in operand.source.axes for i in axis]
+        places = tuple(
+            tuple(have.index(i) if i in have else -1 for i in axis)
+            for axis in (self.batch, operand.rows, operand.columns)
+        )
+        sizes = tuple(i.size for i in have)
+        return operand.source.node, places, sizes, operand.dtype
+
+    def _scale(self, emitter: Emitter, coef: Any, *names: str) -> Any:
+        for name in names:
+            coef = coef / self.operands[name].coef
+        return emitter.number(coef)
+
+    def _operand(self, emitter: Emitter, operand: Operand) -> fx.Node:
+        target: Axes = (*((i,) for i in self.batch), operand.rows, operand.columns)
+        fill = [False] * len(self.batch) + [True, True]
+        if operand.source is not None:
+            node = emitter.cast(operand.source.node, operand.dtype)
+            node = emitter.cast(node, self.compute_dtype)
+            return emitter.laid_out(node, operand.source.axes, target, fill)
+        (first, *rest) = sorted(operand.reads, key=lambda r: r.power, reverse=True)
+        assert first.leaf.node is not None
+        result = emitter.laid_out(first.leaf.node, first.axes, target, fill)
+        for read in rest:
+            result = self._times(emitter, result, read, target)
+        return emitter.cast(emitter.cast(result, operand.dtype), self.compute_dtype)
+
+    def _times(self, emitter: Emitter, result: fx.Node, factor: Factor, axes: Axes) -> fx.Node:
+        if not isinstance(factor, Read) or factor.leaf.node is None:
+            raise Unemittable("a divisor inside one operator cannot be separated from it")
+        other = emitter.laid_out(factor.leaf.node, factor.axes, axes, [False] * len(axes))
+        return emitter.call(aten.mul.Tensor if factor.power == 1 else aten.div.Tensor, result, other)
+
+
+
+def _ignores_strides(user: fx.Node) -> bool:
+    """Whether a reader makes the same result, strides included, of any strides of its input."""
+    return user.target in _INDIFFERENT

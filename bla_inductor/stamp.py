@@ -1,0 +1,67 @@
+"""Makes Inductor's caches notice when bla changes.
+
+FxGraphCache and AOTAutogradCache hash the graph and Inductor's configuration, but neither the
+lowerings nor the backward of an operator defined elsewhere: after an upgrade of bla, a second
+process would be served code of the old one. They do hash the `uuid()` of custom passes. So a pass
+that does nothing carries a hash of bla's sources and of the options.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import pathlib
+from dataclasses import astuple
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from bla_inductor.compat import inference_aware_pass
+from bla_inductor.options import Options
+
+# The name of the configuration key under which Inductor is given the stamp.
+SLOT = "post_grad_custom_pre_pass"
+
+_PACKAGES = ("bla_inductor", "bla_inductor.patterns", "bla_inductor.kernels")
+_InferenceAware = inference_aware_pass()
+_Pass: Any = _InferenceAware or CustomGraphPass
+
+
+class CacheStamp(_Pass):
+    """The stamp, and around it the passes that the user has in the same slot.
+
+    Inductor before 2.13 takes one pass there and not a list, so theirs run inside ours.
+    """
+
+    def __init__(self, options: Options, users: Any = None):
+        self.options = options
+        if users is None:
+            users = ()
+        self.users: tuple[Any, ...] = tuple(users) if isinstance(users, list | tuple) else (users,)
+
+    def __call__(self, graph: Graph, is_inference: bool = False) -> None:
+        for user in self.users:
+            aware = _InferenceAware is not None and isinstance(user, _InferenceAware)
+            user(*(graph, is_inference) if aware else (graph,))
+
+    def uuid(self) -> Any | None:
+        """None, which turns the caches off, when a pass of the user's cannot be identified."""
+        ids = [user.uuid() if hasattr(user, "uuid") else None for user in self.users]
+        if None in ids:
+            return None
+        return ("bla", source_hash(), astuple(self.options), tuple(ids))
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of every source file of bla, wherever its packages were installed."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for root in (spec and spec.submodule_search_locations) or ():
+            for path in sorted(pathlib.Path(root).rglob("*.py")):
+                name = f"{package}/{path.relative_to(root).as_posix()}"
+                digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

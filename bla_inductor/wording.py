@@ -1,0 +1,70 @@
+"""A plan in words: its formula in index notation, its sizes, its dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from bla_inductor.algebra import Observation, product
+from bla_inductor.plan import Operand, Plan
+
+__all__ = ["dtypes", "formula", "sizes"]
+
+_BATCH = "bhgijkl"
+
+
+def formula(plan: Plan) -> str:
+    """`out[b,h,n,d] = Σ_m Σ_c q[b,h,n,c]·k[b,h,m,c]·v[b,h,m,d] ÷ (… + eps)`, and what q, k and v are."""
+    batch = _BATCH[: len(plan.batch)]
+
+    def read(name: str, operand: Operand, letters: str) -> str:
+        present = {i for f in operand.factors for i in f.indices()}
+        own = [x for x, i in zip(batch, plan.batch, strict=False) if i in present]
+        return f"{name}[{','.join([*own, *letters])}]"
+
+    product_text = "·".join(
+        (read("q", plan.q, "nc"), read("k", plan.k, "mc"), read("v", plan.v, "md"))
+    )
+    text = f"out[{','.join([*batch, *'nd'])}] = {_times(plan.found.scale)}Σ_m Σ_c {product_text}"
+    if (z := plan.found.normaliser) is not None and plan.q_norm and plan.k_norm:
+        same_q, same_k = plan.shared
+        q = read("q" if same_q else "q'", plan.q_norm, "nc")
+        k = read("k" if same_k else "k'", plan.k_norm, "mc")
+        total = f"{_times(z.scale)}Σ_m Σ_c {q}·{k}"
+        if z.kind == "clamp":
+            text += f" ÷ max({total}, {_number(z.eps)})"
+        else:
+            text += f" ÷ ({total}{'' if z.eps == 0 else f' + {_number(z.eps)}'})"
+    if plan.found.outer:
+        text += " × " + "·".join(str(leaf) for f in plan.found.outer for leaf in f.leaves())
+    names = ", ".join(f"{n.replace('_norm', chr(39))} = {_source(o)}" for n, o in plan.distinct().items())
+    return f"{text}   with {names}"
+
+
+def sizes(plan: Plan, seen: Observation) -> str:
+    """`B=2·8 N=1024 M=1024 D=64 Dv=64`, symbolic where the graph is."""
+    batch = "·".join(str(i.size) for i in plan.batch) or "1"
+    rows = {"N": plan.n, "M": plan.k.rows, "D": plan.k.columns, "Dv": plan.d}
+    text = " ".join(f"{name}={product(i.size for i in axis)}" for name, axis in rows.items())
+    return f"B={batch} {text}"
+
+
+def dtypes(plan: Plan) -> str:
+    """`bfloat16`, or `bfloat16 → float32` where the result is kept in another dtype."""
+    inside, outside = (str(d).removeprefix("torch.") for d in (plan.compute_dtype, plan.dtype))
+    return inside if inside == outside else f"{inside} → {outside}"
+
+
+def _source(operand: Operand) -> str:
+    if operand.source is not None:
+        return operand.source.node.name
+    return "·".join(str(leaf) for f in operand.factors for leaf in f.leaves())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else str(sympy.nsimplify(value))
+
+
+def _times(coef: Any) -> str:
+    return "" if coef == 1 else f"{_number(coef)}·"

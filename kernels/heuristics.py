@@ -1,0 +1,94 @@
+"""Launch parameters from D, Dv, arithmetic and the number of multiprocessors; no autotuning.
+
+A kernel's accumulators and the state it holds bound its tile: 16384 fp32 values are 64 registers a thread with 8 warps.
+Operands in 4 bytes (tf32) take twice the shared memory and registers of 16-bit ones, so their tiles are smaller.
+Every row is compiled ahead of time for sm_80, sm_90 and sm_100 in tests/kernels and must not spill.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+WIDE = 128  # the largest head dim whose backward is fused in two passes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes (rows of the sequence, features, value channels, normaliser features), warps, pipeline stages."""
+
+    BLOCK_N: int
+    BLOCK_D: int
+    BLOCK_V: int
+    BLOCK_DN: int
+    num_warps: int
+    num_stages: int
+
+
+def block(size: int) -> int:
+    """The power of two that holds `size`; tl.dot needs 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@cache
+def state_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+    """`state_kernel`: accumulator BLOCK_D × BLOCK_V."""
+    d, v = block(D), block(DV)
+    if precision == "native":
+        v = min(v, 16384 // d)
+        return Tile(64, d, v, block(DN), 4 if d * v <= 4096 else 8, 3)
+    v = min(v, 64)
+    return Tile(32, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+
+
+@cache
+def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+    """`output_kernel`: state tile BLOCK_D × BLOCK_V held, accumulator BLOCK_N × BLOCK_V."""
+    d, v = block(D), block(DV)
+    if precision == "native":
+        v = min(v, 16384 // d)
+        return Tile(64, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+    v = min(v, 64, 8192 // d)
+    return Tile(64, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+
+
+@cache
+def query_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+    """`query_pass_kernel`: state held and dstate accumulated, both BLOCK_D × BLOCK_V."""
+    d, v = block(D), block(DV)
+    rows = 64 if precision == "native" else 32
+    return Tile(rows, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+
+
+@cache
+def key_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+    """`key_pass_kernel`: dstate held, accumulators BLOCK_N × BLOCK_D and BLOCK_N × BLOCK_V."""
+    d, v = block(D), block(DV)
+    rows = 64 if precision == "native" else 32
+    return Tile(rows, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+
+
+@cache
+def wide_query_tile(precision: str) -> Tile:
+    """`wide_query_kernel`: everything in tiles of 64."""
+    return Tile(64 if precision == "native" else 32, 64, 64, 64, 4, 2)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 4 elsewhere (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def divide_rows(rows: int, programs: int, tile: Tile, device: torch.device) -> tuple[int, int]:
+    """(rows a program, programs along the sequence), given how many `programs` run beside each other.
+
+    Enough programs for eight a multiprocessor, but at least four tiles each, to be worth the state they read or write.
+    """
+    wanted = -(-8 * multiprocessors(device) // programs)
+    splits = max(1, min(wanted, rows // (4 * tile.BLOCK_N)))
+    each = -(-rows // splits)
+    each = -(-each // tile.BLOCK_N) * tile.BLOCK_N
+    return each, -(-rows // each)

@@ -1,0 +1,140 @@
+"""Contractions declared in index notation, and their match against a Term.
+
+`Contraction("q: n c, k: m c, v: m d -> n d")` says which operand carries which letter. A letter is recognised by
+the company it keeps: `c` is summed and occurs in q and k alone, `d` survives and occurs in v alone. One letter
+may stand for several indices (image rows and columns, say), and any surviving index that several operands, or
+the wrong single one, carry is a batch index. Sizes play no part.
+
+Factors beyond the declared operands join the operand whose letters cover theirs (a key weight joins k), or stay
+outside when the result's letters cover them (a gate on the output). Where several would do, the one with which
+the factor already is a tensor of the graph (`known`) is taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from bla_inductor.algebra import Factor, Index, Read, Term
+
+__all__ = ["Contraction", "Known", "Roles", "Unsplittable"]
+
+
+Known = Callable[[tuple[Factor, ...]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Which factors play which operand, and which indices each letter stands for.
+
+    outer: factors that the result's letters cover; they multiply the result.
+    """
+
+    operands: dict[str, tuple[Factor, ...]]
+    letters: dict[str, tuple[Index, ...]]
+    batch: tuple[Index, ...]
+    outer: tuple[Factor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unsplittable:
+    """The declared operands are there, but `factor` couples letters that no operand has together."""
+
+    factor: Factor
+    letters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A product of named operands in index notation, `name: letters, … -> letters`."""
+
+    text: str
+    operands: dict[str, str] = field(init=False)
+    result: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        left, _, right = self.text.partition("->")
+        pairs = re.findall(r"(\w+):([\w\s]+)", left)
+        object.__setattr__(self, "operands", {name: letters.replace(" ", "") for name, letters in pairs})
+        object.__setattr__(self, "result", right.replace(" ", ""))
+
+    def solve(self, term: Term, known: Known) -> Iterator[Roles | Unsplittable]:
+        """All ways in which `term` is this contraction."""
+        reads = [f for f in term.factors if isinstance(f, Read) and f.power == 1]
+        bound = frozenset(term.bound)
+        where = {r: r.indices() for r in reads}
+        if len(reads) < len(self.operands) or not bound:
+            return
+        for chosen in itertools.permutations(reads, len(self.operands)):
+            letters = self._letters({n: where[r] for n, r in zip(self.operands, chosen, strict=True)}, bound)
+            if letters is None:
+                continue
+            rest = [f for f in term.factors if not any(f is c for c in chosen)]
+            yield self._assign(dict(zip(self.operands, chosen, strict=True)), letters, rest, known)
+
+    def _letters(
+        self, carried: dict[str, frozenset[Index]], bound: frozenset[Index]
+    ) -> dict[str, tuple[Index, ...]] | None:
+        """The indices of each letter; "" collects the batch. None when a summed index fits no letter."""
+        company = {
+            (frozenset(n for n, ls in self.operands.items() if letter in ls), letter in self.result): letter
+            for letter in dict.fromkeys("".join(self.operands.values()))
+        }
+        found: dict[str, list[Index]] = {letter: [] for letter in company.values()} | {"": []}
+        everything = frozenset().union(*carried.values())
+        if not bound <= everything:
+            return None
+        for index in sorted(everything, key=lambda i: i.number):
+            key = (frozenset(n for n, indices in carried.items() if index in indices), index not in bound)
+            letter = company.get(key)
+            if letter is None and index in bound:
+                return None
+            found[letter or ""].append(index)
+        if not all(found[letter] for letter in company.values()):
+            return None
+        return {letter: tuple(indices) for letter, indices in found.items()}
+
+    def _assign(
+        self,
+        core: dict[str, Read],
+        letters: dict[str, tuple[Index, ...]],
+        rest: list[Factor],
+        known: Known,
+    ) -> Roles | Unsplittable:
+        batch = list(letters[""])
+        carried = {i for indices in letters.values() for i in indices}
+        for factor in rest:  # an index that only extra factors carry is a batch index too
+            batch += sorted(factor.indices() - carried - set(batch), key=lambda i: i.number)
+        free = frozenset(batch)
+        groups: dict[str, list[Factor]] = {name: [read] for name, read in core.items()}
+        outer: list[Factor] = []
+        spans = {n: free.union(*(letters[x] for x in ls)) for n, ls in self.operands.items()}
+        result = free.union(*(letters[x] for x in self.result))
+        homes: list[tuple[Factor, list[str]]] = []
+        for factor in rest:
+            fitting = [n for n, span in spans.items() if factor.indices() <= span]
+            if not fitting and not factor.indices() <= result:
+                coupled = tuple(x for x, found in letters.items() if x and factor.indices() & set(found))
+                return Unsplittable(factor, coupled)
+            homes.append((factor, fitting))
+        while homes:
+            at, home = next(
+                (
+                    (i, n)
+                    for i, (factor, fitting) in enumerate(homes)
+                    for n in fitting
+                    if known((*groups[n], factor))
+                ),
+                (0, ""),
+            )
+            factor, fitting = homes.pop(at)
+            if home:
+                groups[home].append(factor)
+            elif factor.indices() <= result:
+                outer.append(factor)
+            else:
+                groups[fitting[0]].append(factor)
+        operands = {name: tuple(factors) for name, factors in groups.items()}
+        return Roles(operands, {x: i for x, i in letters.items() if x}, tuple(batch), tuple(outer))

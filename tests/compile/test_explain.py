@@ -1,0 +1,126 @@
+"""`explain`: the report alone, and nothing in the process is different afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import bla_inductor
+
+
+def attention(q, k, v):
+    q, k = q.relu(), k.relu()
+    return (q @ (k.mT @ v)) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6)
+
+
+class Block(nn.Module):
+    def __init__(self, broken: bool = False):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.norm = nn.BatchNorm1d(256)
+        self.broken = broken
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return nn.functional.dropout(attention(q, k, v), 0.5, self.training)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 256, 16)
+
+
+def test_a_function_a_module_and_what_was_compiled_of_them(x):
+    block = Block()
+    q = x.clone()
+    for model, args in (
+        (attention, (q, q, q)),
+        (torch.compile(attention, backend="eager"), (q, q, q)),
+        (block, (x,)),
+        (torch.compile(block, backend="eager"), (x,)),
+    ):
+        report = bla_inductor.explain(model, *args)
+        assert len(report.matches) == 1
+        assert report.matches[0].location.file == __file__
+    in_place = Block()
+    in_place.compile(backend="eager")
+    assert len(bla_inductor.explain(in_place, x).matches) == 1
+
+
+def test_keyword_arguments_are_passed(x):
+    assert len(bla_inductor.explain(attention, x, v=x, k=x).matches) == 1
+
+
+def test_nothing_is_compiled_and_nothing_counted(x):
+    bla_inductor.explain(Block(), x)
+    assert not counters["inductor"]
+    assert not counters["aot_autograd"]
+    assert not counters["bla"]
+
+
+def test_the_graph_that_runs_is_the_users(x):
+    """The result of the call is not returned, so look at it from inside."""
+    seen = []
+
+    def spy(q):
+        out = attention(q, q, q)
+        torch._dynamo.graph_break()
+        seen.append(out)
+
+    bla_inductor.explain(spy, x)
+    assert torch.equal(seen[0], attention(x, x, x))
+
+
+def test_state_is_put_back(x):
+    block = Block().train()
+    state = {name: value.clone() for name, value in block.state_dict().items()}
+    random = torch.get_rng_state()
+    bla_inductor.explain(torch.compile(block, backend="eager"), x)
+    assert all(torch.equal(value, state[name]) for name, value in block.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_was_compiled_stays_compiled(x, broken):
+    compiled = 0
+
+    def counting(gm, example_inputs):
+        nonlocal compiled
+        compiled += 1
+        return gm.forward
+
+    block = Block(broken).eval()
+    run = torch.compile(block, backend=counting)
+    run(x)
+    before = compiled
+    assert before == 1 + broken
+    for _ in range(12):  # more often than Dynamo's limit of 8 compilations a function
+        assert len(bla_inductor.explain(block, x).matches) == 1
+    run(x)
+    assert compiled == before
+
+
+def test_all_graphs_are_in_one_report(x):
+    report = bla_inductor.explain(Block(broken=True), x)
+    assert report.graphs == 2
+    assert len(report.matches) == 1
+
+
+def test_the_environment_decides_the_options(x, monkeypatch):
+    monkeypatch.setenv("BLA_REWRITE", "off")
+    assert not bla_inductor.explain(attention, x, x, x).matches
+
+
+def test_a_call_without_a_graph_says_so(caplog):
+    report = bla_inductor.explain(lambda: 3)
+    assert report.graphs == 0
+    assert "no graph of this call" in caplog.text
+
+
+def test_errors_of_the_model_pass_through():
+    with pytest.raises(RuntimeError, match="reduction dim"):
+        bla_inductor.explain(torch.matmul, torch.ones(2, 3), torch.ones(2, 3))

@@ -1,0 +1,60 @@
+"""Fixtures for every test: the same seed, and nothing compiled by the test before."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_compiler = not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    no_gpu = not torch.cuda.is_available()
+    for item in items:
+        if no_compiler and "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="Inductor needs g++ or clang++ on a CPU"))
+        if no_gpu and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    torch.manual_seed(0)
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    if "torch._dynamo" in sys.modules:  # the algebra's tests need not pay for its import
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_python() -> Run:
+    """Runs a program in a process of its own, without the BLA_* and TORCH_* of this one."""
+
+    def run(program: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("BLA_", "TORCH_"))}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)],
+            env=clean | environ,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
