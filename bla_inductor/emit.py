@@ -21,7 +21,13 @@ from bla_inductor.algebra.index import as_size
 __all__ = ["Emitter", "Unemittable"]
 
 aten = torch.ops.aten
-_COPIED = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "fwd_nn_module_stack")
+_COPIED = (
+    "stack_trace",
+    "nn_module_stack",
+    "source_fn_stack",
+    "original_aten",
+    "fwd_nn_module_stack",
+)
 _ARITHMETIC: dict[type, Callable[..., Any]] = {sympy.Add: operator.add, sympy.Mul: operator.mul}
 
 
@@ -108,15 +114,15 @@ class Emitter:
             return self.call(operator.pow, self._expression(base), power)
         combine = _ARITHMETIC.get(expr.func)
         if combine is None:
-            raise Unemittable(f"the symbolic size {expr} is not the size of any tensor in the graph")
+            raise Unemittable(
+                f"the symbolic size {expr} is not the size of any tensor in the graph"
+            )
         first, *rest = (self._expression(a) for a in expr.args)
         for other in rest:
             first = self.call(combine, first, other)
         return first
 
-    def laid_out(
-        self, node: fx.Node, axes: Axes, target: Axes, fill: Sequence[bool]
-    ) -> fx.Node:
+    def laid_out(self, node: fx.Node, axes: Axes, target: Axes, fill: Sequence[bool]) -> fx.Node:
         """`node`, which is laid out as `axes`, as `target`; views wherever they are possible.
 
         An index of `target` that `axes` has not becomes size one, or, where fill[i] for its axis, is expanded.
@@ -153,7 +159,8 @@ class Emitter:
         """Whether `node` has the shape and the strides of `other` (where a size is not one)."""
         mine = self.fake(node)
         return mine.dim() == other.dim() and all(
-            equal(as_size(a), as_size(b)) and (equal(as_size(a), 1) or equal(as_size(s), as_size(t)))
+            equal(as_size(a), as_size(b))
+            and (equal(as_size(a), 1) or equal(as_size(s), as_size(t)))
             for a, b, s, t in zip(
                 mine.shape, other.shape, mine.stride(), other.stride(), strict=True
             )

@@ -25,6 +25,7 @@ __all__ = ["Plan"]
 
 aten = torch.ops.aten
 _INDIFFERENT = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul}
+_UPCAST = "upcast" in str(torch.ops.bla.linear_attention.default._schema)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -135,7 +136,13 @@ class Plan:
 
     @property
     def operands(self) -> dict[str, Operand]:
-        named = {"q": self.q, "k": self.k, "v": self.v, "q_norm": self.q_norm, "k_norm": self.k_norm}
+        named = {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "q_norm": self.q_norm,
+            "k_norm": self.k_norm,
+        }
         return {name: operand for name, operand in named.items() if operand is not None}
 
     @property
@@ -148,10 +155,18 @@ class Plan:
             common = torch.promote_types(common, dtype)
         return common
 
+    @property
+    def upcast(self) -> bool:
+        """The user contracted 16-bit tensors in fp32: the state may not be rounded to 16 bit."""
+        kept = self.found.precision
+        return kept is not None and kept.itemsize > self.compute_dtype.itemsize
+
     def _check(self, seen: Observation) -> None:
         devices = {seen.tensors[node].device for o in self.operands.values() for node, _ in o.nodes}
         if len(devices) != 1:
-            raise Unemittable(f"q, k and v are on different devices: {', '.join(map(str, devices))}")
+            raise Unemittable(
+                f"q, k and v are on different devices: {', '.join(map(str, devices))}"
+            )
         for dtype in (self.compute_dtype, self.dtype):
             if dtype not in _DTYPES:
                 raise Unemittable(f"dtype {dtype}: the operator takes fp16, bf16, fp32 and fp64")
@@ -195,6 +210,8 @@ class Plan:
             kwargs["eps"] = emitter.number(z.eps)
         if self.dtype != self.compute_dtype:
             kwargs["out_dtype"] = self.dtype
+        if self.upcast and _UPCAST:
+            kwargs["upcast"] = True
         if self.out_order is not None:
             kwargs["out_order"] = list(self.out_order)
         for name in ("q_norm", "k_norm"):
@@ -230,7 +247,9 @@ class Plan:
     def shared(self) -> tuple[bool, bool]:
         """Whether the normaliser's q' is q, and its k' is k."""
         pairs = ((self.q_norm, self.q), (self.k_norm, self.k))
-        same_q, same_k = (a is not None and self._signature(a) == self._signature(b) for a, b in pairs)
+        same_q, same_k = (
+            a is not None and self._signature(a) == self._signature(b) for a, b in pairs
+        )
         return same_q, same_k
 
     def _signature(self, operand: Operand) -> object:
@@ -267,8 +286,9 @@ class Plan:
         if not isinstance(factor, Read) or factor.leaf.node is None:
             raise Unemittable("a divisor inside one operator cannot be separated from it")
         other = emitter.laid_out(factor.leaf.node, factor.axes, axes, [False] * len(axes))
-        return emitter.call(aten.mul.Tensor if factor.power == 1 else aten.div.Tensor, result, other)
-
+        return emitter.call(
+            aten.mul.Tensor if factor.power == 1 else aten.div.Tensor, result, other
+        )
 
 
 def _ignores_strides(user: fx.Node) -> bool:

@@ -97,7 +97,9 @@ def _select(
             if isinstance(plan, Plan):
                 plans.append(plan)
                 needed.update(n for o in plan.operands.values() for n, _ in o.nodes)
-                needed.update(leaf.node for f in attention.outer for leaf in f.leaves() if leaf.node)
+                needed.update(
+                    leaf.node for f in attention.outer for leaf in f.leaves() if leaf.node
+                )
                 continue
             refused[node] = plan
         elif isinstance(attention, Mismatch):

@@ -38,7 +38,9 @@ def formula(plan: Plan) -> str:
             text += f" ÷ ({total}{'' if z.eps == 0 else f' + {_number(z.eps)}'})"
     if plan.found.outer:
         text += " × " + "·".join(str(leaf) for f in plan.found.outer for leaf in f.leaves())
-    names = ", ".join(f"{n.replace('_norm', chr(39))} = {_source(o)}" for n, o in plan.distinct().items())
+    names = ", ".join(
+        f"{n.replace('_norm', chr(39))} = {_source(o)}" for n, o in plan.distinct().items()
+    )
     return f"{text}   with {names}"
 
 

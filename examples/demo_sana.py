@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -65,8 +67,12 @@ def parse_args() -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         default="bfloat16" if cuda else "float32",
     )
-    parser.add_argument("--rounds", type=int, default=20 if cuda else 5, help="timed calls of each")
+    parser.add_argument("--seconds", type=float, default=5, help="spent on each column of times")
     args = parser.parse_args()
+    if args.device == "cpu" and not any(
+        map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))
+    ):
+        parser.error("Inductor needs a C++ compiler on a CPU, and there is neither g++ nor clang++")
     if math.isqrt(args.tokens) ** 2 != args.tokens:
         parser.error(f"--tokens {args.tokens} is no square; try {math.isqrt(args.tokens) ** 2}")
     return args
@@ -161,12 +167,13 @@ def show_times(variants: dict[str, Any], inputs: dict[str, torch.Tensor], args: 
 
     def rounds(calls: dict[str, Call]) -> dict[str, float]:
         """The median time of each in milliseconds, taken in turns, so that drift hits all alike."""
+        for call in calls.values():
+            call()  # compiles
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for turn in range(args.rounds + 1):
+        end = time.monotonic() + args.seconds
+        while not all(times.values()) or time.monotonic() < end:
             for name, call in calls.items():
-                elapsed = timed(call, args.device)
-                if turn:  # the first one compiles
-                    times[name].append(elapsed)
+                times[name].append(timed(call, args.device))
         return {name: statistics.median(values) * 1e3 for name, values in times.items()}
 
     steps = rounds({name: both(model) for name, model in variants.items()})

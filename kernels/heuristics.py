@@ -10,8 +10,6 @@ from functools import cache
 
 import torch
 
-WIDE = 128  # the largest head dim whose backward is fused in two passes
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -30,15 +28,19 @@ def block(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def _warps(d: int, v: int, precision: str) -> int:
+    return 4 if d * v <= 4096 and precision != "tf32x3" else 8
+
+
 @cache
 def state_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     """`state_kernel`: accumulator BLOCK_D × BLOCK_V."""
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
-        return Tile(64, d, v, block(DN), 4 if d * v <= 4096 else 8, 3)
-    v = min(v, 64)
-    return Tile(32, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+        return Tile(32 if d == 256 else 64, d, v, block(DN), _warps(d, v, precision), 3)
+    v = min(v, 64, 8192 // d)
+    return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 
 
 @cache
@@ -47,31 +49,56 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
-        return Tile(64, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+        return Tile(32 if d == 256 else 64, d, v, block(DN), _warps(d, v, precision), 2)
     v = min(v, 64, 8192 // d)
-    return Tile(64, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+    rows = 64 * 64 // max(64, d) if precision == "tf32x3" else 32 if d == 256 else 64
+    return Tile(rows, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
 
 
 @cache
 def query_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     """`query_pass_kernel`: state held and dstate accumulated, both BLOCK_D × BLOCK_V."""
     d, v = block(D), block(DV)
-    rows = 64 if precision == "native" else 32
-    return Tile(rows, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+    rows = 64 if precision == "native" and d * v <= 8192 else 32
+    return Tile(rows, d, v, block(DN), _warps(d, v, precision), 2)
 
 
 @cache
 def key_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     """`key_pass_kernel`: dstate held, accumulators BLOCK_N × BLOCK_D and BLOCK_N × BLOCK_V."""
     d, v = block(D), block(DV)
-    rows = 64 if precision == "native" else 32
-    return Tile(rows, d, v, block(DN), 4 if d * v <= 4096 else 8, 2)
+    if precision == "native":
+        return Tile(64, d, v, block(DN), _warps(d, v, precision), 2)
+    rows = 32 if d * v >= 4096 else 64
+    stages = 1 if d * v > 8192 or precision == "tf32x3" else 2
+    return Tile(rows, d, v, block(DN), _warps(d, v, precision), stages)
 
 
 @cache
 def wide_query_tile(precision: str) -> Tile:
     """`wide_query_kernel`: everything in tiles of 64."""
-    return Tile(64 if precision == "native" else 32, 64, 64, 64, 4, 2)
+    return Tile(
+        64 if precision == "native" else 32, 64, 64, 64, 8 if precision == "tf32x3" else 4, 2
+    )
+
+
+@cache
+def fused_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> bool:
+    """Whether the backward runs in two passes (backward.py) rather than more (wide.py).
+
+    The query pass holds the state and accumulates dstate. Up to 128 × 128 fits on sm_90, where wgmma reads the state
+    from shared memory; mma on sm_8x wants it in registers; three tf32 products want it there twice.
+    """
+    if max(D, DV, DN) > 128:
+        return False
+    limit = 64 * 64 if precision == "tf32x3" else 128 * 128
+    return block(D) * block(DV) <= (limit if capability >= 9 else limit // 2)
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The major compute capability of a CUDA device; 9 elsewhere (Triton's interpreter)."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 @cache

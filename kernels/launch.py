@@ -285,15 +285,16 @@ def backward(
     """Write the gradients of q, k, v, q_norm, k_norm that are not None (any strides, the inputs' shapes)."""
     numbers = (scale, norm_scale, eps)
     precision = backward_precision(q.dtype, do.dtype)
-    dims = [t.shape[-1] for t in (q, v, q_norm, k_norm) if t is not None]
-    wide = max(dims) > heuristics.WIDE
+    DN = (q if q_norm is None else q_norm).shape[-1]
+    capability = heuristics.capability(q.device)
+    fused = heuristics.fused_backward(q.shape[-1], v.shape[-1], DN, precision, capability)
     normalized = normalizer != "none"
     dq, dk, dv, dq_norm, dk_norm = grads
     needs_dsum = normalized and (dk_norm is not None or (dk is not None and k_norm is None))
     needs_dstate = dk is not None or dv is not None
     with _on(q.device):
         gradients = _Gradients(do.shape[:-2])
-        query_pass = _query_pass_wide if wide else _query_pass
+        query_pass = _query_pass if fused else _query_pass_wide
         dstate, dsum = query_pass(
             gradients.full(dq), gradients.full(dq_norm), do, q, q_norm, state, key_sum,
             normalizer, numbers, precision, needs_dstate, needs_dsum,
@@ -303,7 +304,7 @@ def backward(
             return
         batch = state.shape[:-2]
         gradients = _Gradients(batch)
-        key_pass = _key_pass_wide if wide else _key_pass
+        key_pass = _key_pass if fused else _key_pass_wide
         key_pass(
             gradients.full(dk), gradients.full(dv), gradients.full(dk_norm), k, v,
             dstate, dsum if normalized else None, k_norm is None, precision,

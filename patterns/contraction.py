@@ -57,7 +57,9 @@ class Contraction:
     def __post_init__(self) -> None:
         left, _, right = self.text.partition("->")
         pairs = re.findall(r"(\w+):([\w\s]+)", left)
-        object.__setattr__(self, "operands", {name: letters.replace(" ", "") for name, letters in pairs})
+        object.__setattr__(
+            self, "operands", {name: letters.replace(" ", "") for name, letters in pairs}
+        )
         object.__setattr__(self, "result", right.replace(" ", ""))
 
     def solve(self, term: Term, known: Known) -> Iterator[Roles | Unsplittable]:
@@ -68,7 +70,9 @@ class Contraction:
         if len(reads) < len(self.operands) or not bound:
             return
         for chosen in itertools.permutations(reads, len(self.operands)):
-            letters = self._letters({n: where[r] for n, r in zip(self.operands, chosen, strict=True)}, bound)
+            letters = self._letters(
+                {n: where[r] for n, r in zip(self.operands, chosen, strict=True)}, bound
+            )
             if letters is None:
                 continue
             rest = [f for f in term.factors if not any(f is c for c in chosen)]
@@ -79,7 +83,10 @@ class Contraction:
     ) -> dict[str, tuple[Index, ...]] | None:
         """The indices of each letter; "" collects the batch. None when a summed index fits no letter."""
         company = {
-            (frozenset(n for n, ls in self.operands.items() if letter in ls), letter in self.result): letter
+            (
+                frozenset(n for n, ls in self.operands.items() if letter in ls),
+                letter in self.result,
+            ): letter
             for letter in dict.fromkeys("".join(self.operands.values()))
         }
         found: dict[str, list[Index]] = {letter: [] for letter in company.values()} | {"": []}
@@ -87,7 +94,10 @@ class Contraction:
         if not bound <= everything:
             return None
         for index in sorted(everything, key=lambda i: i.number):
-            key = (frozenset(n for n, indices in carried.items() if index in indices), index not in bound)
+            key = (
+                frozenset(n for n, indices in carried.items() if index in indices),
+                index not in bound,
+            )
             letter = company.get(key)
             if letter is None and index in bound:
                 return None
@@ -116,7 +126,9 @@ class Contraction:
         for factor in rest:
             fitting = [n for n, span in spans.items() if factor.indices() <= span]
             if not fitting and not factor.indices() <= result:
-                coupled = tuple(x for x, found in letters.items() if x and factor.indices() & set(found))
+                coupled = tuple(
+                    x for x, found in letters.items() if x and factor.indices() & set(found)
+                )
                 return Unsplittable(factor, coupled)
             homes.append((factor, fitting))
         while homes:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import sympy
+import torch
 
 from bla_inductor.algebra import Factor, Guard, Index, Read, Size, Term, Value, product
 from bla_inductor.patterns.contraction import Contraction, Known, Roles, Unsplittable
@@ -64,6 +65,7 @@ class LinearAttention:
     outer: tuple[Factor, ...]
 
     quadratic: bool  # written as (qkᵀ)v
+    precision: torch.dtype | None  # the narrowest dtype that a sum was kept in
 
     @property
     def rank(self) -> tuple[bool, bool]:
@@ -149,6 +151,7 @@ def _complete(
         normaliser,
         tuple(outer),
         term.bound[-1] in letters["m"],
+        term.precision,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -41,13 +42,15 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def run_python() -> Run:
+def run_python(tmp_path: pathlib.Path) -> Run:
     """Runs a program in a process of its own, without the BLA_* and TORCH_* of this one."""
+    file = tmp_path / "program.py"
 
     def run(program: str, **environ: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("BLA_", "TORCH_"))}
+        file.write_text(textwrap.dedent(program))
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(program)],
+            [sys.executable, str(file)],
             env=clean | environ,
             capture_output=True,
             text=True,

@@ -16,13 +16,13 @@ __all__: list[str] = []
 aten = torch.ops.aten
 
 
-@rule(aten.clone, aten.alias, aten.lift_fresh_copy, aten._to_copy, aten.contiguous)
+@rule(aten.clone, aten.alias, aten.lift_fresh_copy, aten._to_copy, aten.contiguous, layout=True)
 def _same(V: Lookup, out: torch.Tensor, x: torch.Tensor, **_: Any) -> Result:
     value = V(x)
     return value if value.dtype == out.dtype else value.cast(out.dtype)
 
 
-@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+@rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, layout=True)
 def _view(V: Lookup, out: torch.Tensor, x: torch.Tensor, *_: Any) -> Result:
     if x.dtype != out.dtype:
         raise Unruled  # view(dtype) reinterprets bits
@@ -36,12 +36,12 @@ def _permuted(value: Value, order: Sequence[int]) -> Value:
     return Value(value.term, tuple(value.axes[i % rank] for i in order), value.dtype)
 
 
-@rule(aten.permute)
+@rule(aten.permute, layout=True)
 def _permute(V: Lookup, out: torch.Tensor, x: torch.Tensor, order: Sequence[int]) -> Result:
     return _permuted(V(x), order)
 
 
-@rule(aten.transpose, aten.t)
+@rule(aten.transpose, aten.t, layout=True)
 def _transpose(V: Lookup, out: torch.Tensor, x: torch.Tensor, i: int = -2, j: int = -1) -> Result:
     rank = x.dim()
     if rank < 2:
@@ -51,13 +51,13 @@ def _transpose(V: Lookup, out: torch.Tensor, x: torch.Tensor, i: int = -2, j: in
     return _permuted(V(x), order)
 
 
-@rule(aten.unsqueeze)
+@rule(aten.unsqueeze, layout=True)
 def _unsqueeze(V: Lookup, out: torch.Tensor, x: torch.Tensor, dim: int) -> Result:
     value, at = V(x), dim % out.dim()
     return Value(value.term, (*value.axes[:at], (), *value.axes[at:]), value.dtype)
 
 
-@rule(aten.squeeze)
+@rule(aten.squeeze, layout=True)
 def _squeeze(V: Lookup, out: torch.Tensor, x: torch.Tensor, dims: Any = None) -> Result:
     value, rank = V(x), x.dim()
     chosen = range(rank) if dims is None else [dims] if isinstance(dims, int) else dims
@@ -68,7 +68,7 @@ def _squeeze(V: Lookup, out: torch.Tensor, x: torch.Tensor, dims: Any = None) ->
     return Value(value.term, axes, value.dtype)
 
 
-@rule(aten.expand)
+@rule(aten.expand, layout=True)
 def _expand(V: Lookup, out: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -> Result:
     value = V(x)
     axes = ((),) * (out.dim() - x.dim()) + value.axes

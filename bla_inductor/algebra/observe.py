@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bla_inductor.algebra import joined_rules, layout_rules, product_rules
 from bla_inductor.algebra.index import Inexpressible, Size, as_size, axis_size, equal
-from bla_inductor.algebra.registry import RULES, Unruled
+from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
 from bla_inductor.algebra.term import Leaf, Value, leaf_value
 
 __all__ = ["Body", "Observation", "Opaque", "observe", "undisturbed"]
@@ -35,7 +35,12 @@ __all__ = ["Body", "Observation", "Opaque", "observe", "undisturbed"]
 _ = (joined_rules, layout_rules, product_rules)  # imported for the rules they register
 _UNKNOWN = 4096  # what an unbacked size is taken to be where a decision needs a number
 # Higher-order operators whose body is ordinary code of the user's, run once.
-_TRANSPARENT = {"tag_activation_checkpoint", "invoke_subgraph", "wrap", "wrap_activation_checkpoint"}
+_TRANSPARENT = {
+    "tag_activation_checkpoint",
+    "invoke_subgraph",
+    "wrap",
+    "wrap_activation_checkpoint",
+}
 
 
 class Opaque(Exception):
@@ -90,6 +95,7 @@ class _Observer(TorchDispatchMode):
         self.by_storage: dict[int, list[torch.Tensor]] = {}
         self.leaf_storage: dict[Leaf, int] = {}
         self.node_of: dict[int, fx.Node] = {}
+        self.cuts: dict[int, Value] = {}
         self.now = -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,6 +110,14 @@ class _Observer(TorchDispatchMode):
     def value(self, tensor: torch.Tensor) -> Value:
         known = self.values.get(id(tensor))
         return known if known is not None else self.new_leaf(tensor, fixed=False)
+
+    def __call__(self, tensor: torch.Tensor) -> Value:
+        return self.value(tensor)
+
+    def cut(self, tensor: torch.Tensor) -> Value:
+        if id(tensor) not in self.cuts:
+            raise Unruled
+        return self.cuts[id(tensor)]
 
     def new_leaf(
         self,
@@ -127,17 +141,21 @@ class _Observer(TorchDispatchMode):
             self.leaf_storage.setdefault(leaf, storage)
         return value
 
-    def _apply(self, packet: Any, out: Any, args: Any, kwargs: Any) -> list[Value | None]:
+    def _apply(
+        self, packet: Any, out: Any, args: Any, kwargs: Any, lookup: Lookup | None = None
+    ) -> list[Value | None]:
         """The rule's Values for the outputs, or None for each that must be a leaf."""
         outs = [out] if isinstance(out, torch.Tensor) else list(out)
         rule = RULES.get(packet)
         result: Any = None
         if rule is not None:
             try:
-                result = rule(self.value, out, *args, **kwargs)
+                result = rule(lookup or self, out, *args, **kwargs)
             except (Inexpressible, Unruled):
                 pass
-            except Exception as e:  # a rule must never cost the user their compile: the result is a leaf
+            except (
+                Exception
+            ) as e:  # a rule must never cost the user their compile: the result is a leaf
                 self.seen.errors.append(f"{packet}: {type(e).__name__}: {e}")
         values = result if isinstance(result, Sequence) else [result] * len(outs)
         return [self._checked(packet, v, t) for v, t in zip(values, outs, strict=True)]
@@ -166,6 +184,10 @@ class _Observer(TorchDispatchMode):
                 self.new_leaf(tensor, fixed=fixed, operation=func.overloadpacket.__name__)
             else:
                 self.keep(tensor, value)
+        if func.overloadpacket in LAYOUT and id(args[0]) in self.cuts:
+            values = self._apply(func.overloadpacket, out, args, kwargs, _Cut(self))
+            if values[0] is not None:
+                self.cuts[id(out)] = values[0]
 
     def _fixed(self, args: Any, kwargs: Any) -> bool:
         terms = [
@@ -193,10 +215,9 @@ class _Observer(TorchDispatchMode):
                 (value,) = self._apply(pure, target, args, kwargs)
             fixed = self._fixed(args, kwargs)
             storage = self.seen.storage_of(target)
+            self.cuts = {i: v for i, v in self.cuts.items() if not self._lives_in(v, storage)}
             self.seen.writes.setdefault(storage, []).append(self.now)
-            if value is not None and any(
-                self.leaf_storage.get(leaf) == storage for leaf in value.term.leaves()
-            ):
+            if value is not None and self._lives_in(value, storage):
                 value = None
             for alias in list(self.by_storage.get(storage, [])):
                 if alias is not target:
@@ -206,6 +227,9 @@ class _Observer(TorchDispatchMode):
                 self.keep(target, value)
             else:
                 self.new_leaf(target, fixed=fixed, operation=packet.__name__)
+
+    def _lives_in(self, value: Value, storage: int) -> bool:
+        return any(self.leaf_storage.get(leaf) == storage for leaf in value.term.leaves())
 
     def name(self, node: fx.Node, tensor: torch.Tensor) -> None:
         """`node` made `tensor`: from here on leaves that live in it can be read as the node's result."""
@@ -231,8 +255,23 @@ class _Observer(TorchDispatchMode):
                 fixed = value.term.fixed()
                 value = self.new_leaf(tensor, fixed=fixed, operation=node.name, node=node)
         self.node_of.setdefault(id(tensor), node)
-        self.seen.values[node] = self.values[id(tensor)]
+        value = self.seen.values[node] = self.values[id(tensor)]
         self.seen.tensors[node] = tensor
+        if value.term.depth > 1:
+            shape = tuple(as_size(s) for s in tensor.shape)
+            leaf = Leaf(shape, tensor.dtype, value.term.fixed(), "chain", node, self.now)
+            self.leaf_storage[leaf] = self.seen.storage_of(tensor)
+            self.cuts[id(tensor)] = leaf_value(leaf)
+
+
+class _Cut:
+    """The tensors of an observer told in the leaves that a longer chain starts from."""
+
+    def __init__(self, observer: _Observer) -> None:
+        self.cut = observer.cut
+
+    def __call__(self, tensor: torch.Tensor) -> Value:
+        return self.cut(tensor)
 
 
 class _Walk(fx.Interpreter):
@@ -280,13 +319,17 @@ class _Walk(fx.Interpreter):
             return self.fake(self.fetch_attr(str(n.target)), fixed=True, node=n)
         known = n.meta.get("example_value", n.meta.get("val"))
         if isinstance(known, bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
-            return known  # a size, or a scalar of the user's: running it again would make a new symbol
+            return (
+                known  # a size, or a scalar of the user's: running it again would make a new symbol
+            )
         if n.target is torch._C._set_grad_enabled:
             self._grad_mode(bool(n.args[0]))
             return None
         module = getattr(n.target, "__module__", None) or ""
         if "functorch" in module and "_nesting" in getattr(n.target, "__name__", ""):
-            raise Opaque("the graph holds a torch.func transform (vmap, grad); compile the inner function")
+            raise Opaque(
+                "the graph holds a torch.func transform (vmap, grad); compile the inner function"
+            )
         if module.startswith("torch.cuda"):
             return None
         if isinstance(n.target, HigherOrderOperator):
@@ -307,7 +350,8 @@ class _Walk(fx.Interpreter):
         if n.target.name() in _TRANSPARENT if callable(n.target.name) else False:  # type: ignore[union-attr]
             operands = [a for a in args if not isinstance(a, fx.GraphModule | str)]
             flags = tuple(
-                isinstance(a, torch.Tensor) and self.observer.value(a).term.fixed() for a in operands
+                isinstance(a, torch.Tensor) and self.observer.value(a).term.fixed()
+                for a in operands
             )
             for arg in args:
                 if isinstance(arg, fx.GraphModule):
@@ -332,9 +376,7 @@ class _Walk(fx.Interpreter):
 def undisturbed(shape_env: Any) -> Iterator[None]:
     """Grad mode, autocast, RNG and guards after this are what they were before."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    autocast = [
-        (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices
-    ]
+    autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     cache, rng = torch.is_autocast_cache_enabled(), torch.get_rng_state()
     with contextlib.ExitStack() as stack:
         if shape_env is not None:

@@ -25,6 +25,12 @@ def _full(V: Lookup, out: torch.Tensor, like: Any, *rest: Any, **_: Any) -> Resu
     return None if fill is None else constant(fill, out)
 
 
+@rule(aten.fill)
+def _fill(V: Lookup, out: torch.Tensor, x: torch.Tensor, value: Any) -> Result:
+    fill = scalar(V, value)
+    return None if fill is None else constant(fill, out)
+
+
 @rule(aten.scalar_tensor)
 def _scalar_tensor(V: Lookup, out: torch.Tensor, x: Any, **_: Any) -> Result:
     fill = number(x)
@@ -34,10 +40,22 @@ def _scalar_tensor(V: Lookup, out: torch.Tensor, x: Any, **_: Any) -> Result:
 # Products and contractions.
 
 
+def _operand(V: Lookup, x: torch.Tensor) -> Value:
+    """An operand of a contraction. A chain of three is as long as attention gets: a longer one starts anew."""
+    value = V(x)
+    return value if value.term.depth < 2 else V.cut(x)
+
+
 def _contract(
-    a: Value, b: Value, batch: dict[int, int], summed: dict[int, int], out: torch.Tensor
+    V: Lookup,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    batch: dict[int, int],
+    summed: dict[int, int],
+    out: torch.Tensor,
 ) -> Result:
-    """Σ over the `summed` pairs of axes of a·b; a product with parameters is a projection, so a leaf."""
+    """Σ over the `summed` pairs of axes of x·y; a product with parameters is a projection, so a leaf."""
+    a, b = _operand(V, x), _operand(V, y)
     if a.term.fixed() or b.term.fixed():
         return None
     a, b = align(a, b.fresh(), batch | summed)
@@ -54,24 +72,24 @@ def _contract(
 def _bmm(
     V: Lookup, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any
 ) -> Result:
-    return _contract(V(a), V(b), {0: 0}, {2: 1}, out)
+    return _contract(V, a, b, {0: 0}, {2: 1}, out)
 
 
 @rule(aten.mm)
 def _mm(
     V: Lookup, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any
 ) -> Result:
-    return _contract(V(a), V(b), {}, {1: 0}, out)
+    return _contract(V, a, b, {}, {1: 0}, out)
 
 
 @rule(aten.mv)
 def _mv(V: Lookup, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Result:
-    return _contract(V(a), V(b), {}, {1: 0}, out)
+    return _contract(V, a, b, {}, {1: 0}, out)
 
 
 @rule(aten.dot)
 def _dot(V: Lookup, out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Result:
-    return _contract(V(a), V(b), {}, {0: 0}, out)
+    return _contract(V, a, b, {}, {0: 0}, out)
 
 
 @rule(aten.baddbmm, aten.addmm)

@@ -10,28 +10,43 @@ A rule gets `V`, the function from tensors to Values, then the (fake) result, th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
 
 from bla_inductor.algebra.term import Value
 
-__all__ = ["RULES", "Lookup", "Result", "Rule", "Unruled", "number", "rule", "scalar"]
+__all__ = ["LAYOUT", "RULES", "Lookup", "Result", "Rule", "Unruled", "number", "rule", "scalar"]
 
-Lookup = Callable[[Any], Value]
+
+class Lookup(Protocol):
+    """What the rules know of tensors."""
+
+    def __call__(self, tensor: torch.Tensor) -> Value:
+        """The Value of a tensor."""
+
+    def cut(self, tensor: torch.Tensor) -> Value:
+        """The tensor told in the leaf that the last graph node before it is; Unruled where there is none."""
+
+
 Result = Value | Sequence[Value | None] | None
 Rule = Callable[..., Result]
 RULES: dict[Any, Rule] = {}
+LAYOUT: set[Any] = set()  # operators that only relabel axes
 
 
 class Unruled(Exception):
     """This use of the operator has no meaning in the algebra: its result is a new leaf."""
 
 
-def rule(*packets: Any) -> Callable[[Rule], Rule]:
+def rule(*packets: Any, layout: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operators; `layout` where they change axes alone."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(packets, function))
+        if layout:
+            LAYOUT.update(packets)
         return function
 
     return register
@@ -69,7 +84,11 @@ def _plain(expr: sympy.Expr) -> sympy.Expr:
 
 def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
     """base ** exponent, with -0.5 as the fraction it is: powers of sizes then combine exactly."""
-    if exponent.is_Float and (2 * exponent).is_integer is not False and float(2 * exponent).is_integer():
+    if (
+        exponent.is_Float
+        and (2 * exponent).is_integer is not False
+        and float(2 * exponent).is_integer()
+    ):
         exponent = sympy.Rational(int(2 * exponent), 2)
     return base**exponent
 

@@ -124,12 +124,16 @@ Factor = Read | Guard
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """coef · Σ_bound Π factors; `precision` is the narrowest dtype that a sum of it was kept in."""
+    """coef · Σ_bound Π factors.
+
+    precision: the narrowest dtype that a sum of it was kept in; depth: how many contractions deep it is.
+    """
 
     factors: tuple[Factor, ...] = ()
     bound: tuple[Index, ...] = ()
     coef: Coefficient = 1.0
     precision: torch.dtype | None = None
+    depth: int = 0
 
     def substitute(self, mapping: Substitution) -> Term:
         if not mapping:
@@ -163,7 +167,8 @@ class Term:
             if index not in read:
                 coef = coef * index.size
         bound = self.bound + tuple(i for i in indices if i in read)
-        return Term(self.factors, bound, coef, _narrower(self.precision, dtype))
+        precision = _narrower(self.precision, dtype)
+        return Term(self.factors, bound, coef, precision, self.depth + bool(indices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +234,8 @@ def multiply(a: Term, b: Term) -> Term:
     if len(factors) > _MOST_FACTORS:
         raise Inexpressible("too long a product to be attention")
     precision = _narrower(a.precision, b.precision)
-    return Term(factors, a.bound + b.bound, a.coef * b.coef, precision)
+    depth = max(a.depth, b.depth)
+    return Term(factors, a.bound + b.bound, a.coef * b.coef, precision, depth)
 
 
 def _narrower(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:

@@ -28,7 +28,9 @@ def check_arguments(
     out_order: Sequence[int] | None,
 ) -> None:
     """Raise an error that names the argument, what it is, what it should be, and what to do."""
-    tensors = [(n, t) for n, t in zip(NAMES, (q, k, v, q_norm, k_norm), strict=True) if t is not None]
+    tensors = [
+        (n, t) for n, t in zip(NAMES, (q, k, v, q_norm, k_norm), strict=True) if t is not None
+    ]
     if normalizer not in NORMALIZERS:
         raise ValueError(
             f"{_OP}: argument 'normalizer' is {normalizer!r}, expected one of "

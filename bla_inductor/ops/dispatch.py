@@ -110,7 +110,9 @@ def _kernels(tensors: Sequence[Tensor | None], out_dtype: torch.dtype) -> Module
             )
     try:
         from bla_inductor import kernels
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
         return None
     return kernels
 
@@ -193,9 +195,7 @@ def _backward_cuda(
         else None
         for i, t in enumerate(tensors)
     ]
-    kernels.backward(
-        grads, do, *tensors, state, key_sum, normalizer, scale, norm_scale, eps
-    )
+    kernels.backward(grads, do, *tensors, state, key_sum, normalizer, scale, norm_scale, eps)
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 

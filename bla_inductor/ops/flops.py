@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bla_inductor.ops import schema  # noqa: F401  (the operators must exist before their formulas)
 from bla_inductor.ops.layout import broadcast
 
 Shape = Sequence[int]

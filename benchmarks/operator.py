@@ -1,0 +1,124 @@
+"""Time the operator against its traffic floor and against Inductor on the naive code: `python benchmarks/operator.py`.
+
+One CUDA device, one command. Times are medians of CUDA-graph replays with a cold L2; backward is
+forward-and-backward minus forward. The floor is the bytes that must move (forward: q, k, v, out once;
+backward: q, do, dq, k, v, dk, dv once) over the copy bandwidth measured in the same run. Output: CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+import bla_inductor.ops  # noqa: F401  (registers the operator)
+
+
+@dataclass(frozen=True)
+class Case:
+    """q, k, v (B, H, T, D) as views of (B, T, H, D) memory."""
+
+    B: int
+    H: int
+    T: int
+    D: int
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype = torch.bfloat16
+
+
+bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    Case(8, 16, 16384, 64),
+    Case(8, 16, 4096, 64),
+    Case(2, 16, 4096, 64),
+    Case(8, 16, 1024, 64),
+    Case(1, 70, 4096, 32, bf16, fp32),
+    Case(8, 70, 1024, 32, bf16, fp32),
+    Case(8, 16, 8192, 32),
+    Case(8, 16, 8192, 80),
+    Case(8, 16, 8192, 128),
+    Case(4, 8, 8192, 256),
+    Case(8, 16, 8192, 64, fp16, fp16),
+    Case(8, 16, 8192, 64, fp32, fp32),
+]
+EPS = 1e-6
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The same formula as users write it."""
+    if out_dtype != q.dtype:
+        q, k, v = q.to(out_dtype), k.to(out_dtype), v.to(out_dtype)
+    return q @ (k.transpose(-1, -2) @ v) / (q @ k.sum(-2).unsqueeze(-1) + EPS)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The operator."""
+    return torch.ops.bla.linear_attention.default(
+        q, k, v, normalizer="add", eps=EPS, out_dtype=out_dtype
+    )
+
+
+def replay_ms(f: Callable[[], object]) -> float:
+    """Median time of a CUDA-graph replay of f."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            f()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            f()
+    torch.cuda.synchronize()
+    return float(do_bench(graph.replay, warmup=20, rep=100, return_mode="median"))
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus written a millisecond, by a 1 GiB copy."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    time = do_bench(lambda: target.copy_(source), warmup=20, rep=100, return_mode="median")
+    return 2 * source.nbytes / float(time)
+
+
+def measure(f: Callable[..., Tensor], case: Case) -> tuple[float, float]:
+    """(forward ms, backward ms)."""
+    shape = (case.B, case.T, case.H, case.D)
+    q, k, v = (torch.randn(shape, device="cuda").relu().to(case.dtype).transpose(1, 2) for _ in "qkv")
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    do = torch.randn(case.B, case.H, case.T, case.D, device="cuda").to(case.out_dtype)
+    with torch.no_grad():
+        forward = replay_ms(lambda: f(q, k, v, case.out_dtype))
+    both = replay_ms(lambda: torch.autograd.grad(f(*leaves, case.out_dtype), leaves, do))
+    return forward, both - forward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-inductor", action="store_true", help="time the operator alone")
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e9:.2f} TB/s")
+    print("B,H,T,D,in,out,fwd_ms,fwd_%copy,bwd_ms,bwd_%copy,inductor_fwd_ms,inductor_bwd_ms")
+    for case in CASES:
+        unit = case.B * case.H * case.T * case.D
+        size, out_size = case.dtype.itemsize, case.out_dtype.itemsize
+        floors = (unit * (3 * size + out_size) / bandwidth, unit * (6 * size + out_size) / bandwidth)
+        forward, backward = measure(fused, case)
+        row = [
+            case.B, case.H, case.T, case.D, str(case.dtype)[6:], str(case.out_dtype)[6:],
+            f"{forward:.4f}", f"{100 * floors[0] / forward:.0f}",
+            f"{backward:.4f}", f"{100 * floors[1] / backward:.0f}",
+        ]  # fmt: skip
+        if not options.no_inductor:
+            torch._dynamo.reset()
+            compiled = torch.compile(naive, dynamic=False)
+            row += [f"{ms:.4f}" for ms in measure(compiled, case)]
+        print(*row, sep=",", flush=True)
+
+
+if __name__ == "__main__":
+    main()
