@@ -24,26 +24,48 @@ def tile_mask(rows, N, cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def round_tf32(x):
+    """x in fp32, rounded to the nearest value of 11 significant bits: tensor cores would cut off the rest instead."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in fp32.
 
-    native: b rounded to a's 16-bit type.   split3: b in three parts of a's type, 24 bits in all (bf16).
-    tf32, tf32x3: both as fp32, through one or three tf32 products. fp16 is a subset of tf32 (11 significant bits)
-    with fp32's range, so fp16 operands lose nothing and fp32 ones cannot overflow.
+    native: b rounded to a's 16-bit type.   tf32: both rounded to tf32. fp16 is a subset of tf32 with fp32's range, so
+    fp16 operands lose nothing and fp32 ones cannot overflow.   ieee: fp32 on the CUDA cores.
     """
     if PRECISION == "native":
         return tl.dot(a, b.to(a.dtype), acc)
-    elif PRECISION == "split3":
-        high = b.to(a.dtype)
-        rest = b - high.to(tl.float32)
-        middle = rest.to(a.dtype)
-        low = (rest - middle.to(tl.float32)).to(a.dtype)
-        # The small parts first, so that they are not lost against the sum of the large ones.
-        acc = tl.dot(a, low, acc)
-        acc = tl.dot(a, middle, acc)
-        return tl.dot(a, high, acc)
+    elif PRECISION == "tf32":
+        a = a.to(tl.float32) if a.dtype != tl.float32 else round_tf32(a)
+        b = b.to(tl.float32) if b.dtype != tl.float32 else round_tf32(b)
+        return tl.dot(a, b, acc, input_precision="tf32")
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+@triton.jit
+def split_product(a, b, zeros):
+    """a·b to fp32 accuracy as (high, low), for a in 16 bit and b in fp32 as three bf16 parts, 24 bits in all.
+
+    Tensor cores cut off what does not fit beside the largest summand. Products of `a` with the high part leave room for
+    their sum, which is therefore nearly exact if nothing else shares its accumulator; the rest is 2^-8 of it.
+    """
+    high = b.to(tl.bfloat16)
+    rest = b - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    if a.dtype == tl.bfloat16:
+        return tl.dot(a, high, zeros), tl.dot(a, middle, tl.dot(a, low, zeros))
+    else:
+        a = a.to(tl.float32)
+        rest = tl.dot(a, low.to(tl.float32), zeros, input_precision="tf32")
+        rest = tl.dot(a, middle.to(tl.float32), rest, input_precision="tf32")
+        return tl.dot(a, high.to(tl.float32), zeros, input_precision="tf32"), rest
 
 
 @triton.jit

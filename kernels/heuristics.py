@@ -29,7 +29,7 @@ def block(size: int) -> int:
 
 
 def _warps(d: int, v: int, precision: str) -> int:
-    return 4 if d * v <= 4096 and precision != "tf32x3" else 8
+    return 4 if d * v <= 4096 and precision != "ieee" else 8
 
 
 @cache
@@ -51,7 +51,7 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
         v = min(v, 16384 // d)
         return Tile(32 if d == 256 else 64, d, v, block(DN), _warps(d, v, precision), 2)
     v = min(v, 64, 8192 // d)
-    rows = 64 * 64 // max(64, d) if precision == "tf32x3" else 32 if d == 256 else 64
+    rows = 64 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
 
 
@@ -70,7 +70,7 @@ def key_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     if precision == "native":
         return Tile(64, d, v, block(DN), _warps(d, v, precision), 2)
     rows = 32 if d * v >= 4096 else 64
-    stages = 1 if d * v > 8192 or precision == "tf32x3" else 2
+    stages = 1 if d * v > 8192 or precision == "ieee" else 2
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), stages)
 
 
@@ -78,7 +78,7 @@ def key_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
 def wide_query_tile(precision: str) -> Tile:
     """`wide_query_kernel`: everything in tiles of 64."""
     return Tile(
-        64 if precision == "native" else 32, 64, 64, 64, 8 if precision == "tf32x3" else 4, 2
+        64 if precision == "native" else 32, 64, 64, 64, 8 if precision == "ieee" else 4, 2
     )
 
 
@@ -91,7 +91,7 @@ def fused_backward(D: int, DV: int, DN: int, precision: str, capability: int) ->
     """
     if max(D, DV, DN) > 128:
         return False
-    limit = 64 * 64 if precision == "tf32x3" else 128 * 128
+    limit = 64 * 64 if precision == "ieee" else 128 * 128
     return block(D) * block(DV) <= (limit if capability >= 9 else limit // 2)
 
 

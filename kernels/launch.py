@@ -111,6 +111,7 @@ def _statistics(
     normalized: bool,
     precision: str,
     weights: tuple[Tensor, Tensor] | None = None,
+    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """state (*batch, D, Dv) = Σ kᵀ(a·v) and key_sum (*batch, D') = Σ b·k', fp32; `weights` are a, b (*batch, M)."""
     M, D, DV = k.shape[-2], k.shape[-1], v.shape[-1]
@@ -151,6 +152,7 @@ def _statistics(
         DN=DN,
         NORM="none" if not normalized else "coupled" if k_norm is None else "decoupled",
         WEIGHTED=weights is not None,
+        EXACT=exact,
         PRECISION=precision,
         BIG=_big(tile, operands.strides),
         **asdict(tile),
@@ -232,7 +234,10 @@ def forward(
     normalized = normalizer != "none"
     decoupled = q_norm is not None or k_norm is not None
     with _on(q.device):
-        state, key_sum = _statistics(k, v, k_norm, batch, normalized, state_precision(k.dtype))
+        exact = out.dtype == torch.float32 != k.dtype
+        state, key_sum = _statistics(
+            k, v, k_norm, batch, normalized, state_precision(k.dtype), exact=exact
+        )
         _apply_state(
             out,
             q,

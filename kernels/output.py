@@ -9,7 +9,7 @@ The backward of wide heads uses it as well: dv = k·dstate, and dk = v·dstate�
 import triton
 import triton.language as tl
 
-from bla_inductor.kernels.common import guarded, product, tile_mask, tile_range
+from bla_inductor.kernels.common import guarded, product, split_product, tile_mask, tile_range
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def output_kernel(
     for n in range(first, last, BLOCK_N):
         rows = n + rn
         x = tl.load(x_ptr + x_offsets, mask=tile_mask(rows, N, rd, D, BLOCK_D), other=0.0)
-        out = product(x, state, tl.zeros((BLOCK_N, BLOCK_V), tl.float32), PRECISION)
+        factor = tl.zeros((BLOCK_N,), tl.float32) + scale
         if NORMALIZER != "none":
             if DECOUPLED:
                 xn = tl.load(n_ptr + n_offsets, mask=tile_mask(rows, N, rdn, DN, BLOCK_DN), other=0.0)
@@ -81,9 +81,14 @@ def output_kernel(
             else:
                 xn = x
             z = tl.sum(xn.to(tl.float32) * key_sum[None, :], 1)
-            out *= (scale / guarded(z, eps, NORMALIZER))[:, None]
+            factor = scale / guarded(z, eps, NORMALIZER)
+        zeros = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        if PRECISION == "split":
+            high, low = split_product(x, state, zeros)
+            # Scaled one by one: Triton would turn high + low into one accumulator, which loses bits of both.
+            out = high * factor[:, None] + low * factor[:, None]
         else:
-            out *= scale
+            out = product(x, state, zeros, PRECISION) * factor[:, None]
         if HAS_BIAS:
             out += bias[None, :]
         tl.store(

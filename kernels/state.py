@@ -25,6 +25,7 @@ def state_kernel(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr,  # "none", "coupled" (k' is k) or "decoupled"
     WEIGHTED: tl.constexpr,
+    EXACT: tl.constexpr,  # for a float32 result: add the tiles up on the CUDA cores
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
 ):  # fmt: skip
@@ -55,6 +56,7 @@ def state_kernel(
         a_ptr = A + batch.to(tl.int64) * M + first
         b_ptr = B + batch.to(tl.int64) * M + first
 
+    one = tl.where(M > 0, 1.0, 0.0)
     state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
     key_sum = tl.zeros((BLOCK_DN,), tl.float32)
     for n in range(first, last, BLOCK_N):
@@ -65,7 +67,13 @@ def state_kernel(
             a = tl.load(a_ptr + tl.arange(0, BLOCK_N), mask=rows < M, other=0.0)
             v = a[:, None] * v.to(tl.float32)
             a_ptr += BLOCK_N
-        state = product(tl.trans(k), v, state, PRECISION)
+        if EXACT:
+            # Tensor cores cut off, rather than round, what does not fit beside the largest summand: exact enough for
+            # one tile, a bias over thousands of tokens. The factor, 1, keeps Triton from merging the sum into the dot.
+            tile_state = tl.dot(tl.trans(k), v, tl.zeros((BLOCK_D, BLOCK_V), tl.float32))
+            state += tile_state * one
+        else:
+            state = product(tl.trans(k), v, state, PRECISION)
         if NORM != "none":
             if NORM == "decoupled":
                 kn = tl.load(n_ptr + n_offsets, mask=tile_mask(rows, M, rdn, DN, BLOCK_DN), other=0.0)

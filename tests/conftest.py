@@ -48,7 +48,7 @@ def run_python(tmp_path: pathlib.Path) -> Run:
 
     def run(program: str, **environ: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("BLA_", "TORCH_"))}
-        file.write_text(textwrap.dedent(program))
+        file.write_text(textwrap.dedent(program).lstrip())
         done = subprocess.run(
             [sys.executable, str(file)],
             env=clean | environ,

@@ -22,6 +22,13 @@ def _same(V: Lookup, out: torch.Tensor, x: torch.Tensor, **_: Any) -> Result:
     return value if value.dtype == out.dtype else value.cast(out.dtype)
 
 
+@rule(aten.detach, layout=True)
+def _detach(V: Lookup, out: torch.Tensor, x: torch.Tensor) -> Result:
+    """A constant stays one; anything else is a leaf, or gradients would flow where the user cut them."""
+    value = V(x)
+    return None if value.term.factors else value
+
+
 @rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, layout=True)
 def _view(V: Lookup, out: torch.Tensor, x: torch.Tensor, *_: Any) -> Result:
     if x.dtype != out.dtype:
