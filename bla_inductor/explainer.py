@@ -55,9 +55,18 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
 
 
 def original(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The module or function that `torch.compile` was given, if `model` came out of it."""
-    inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
-    return model if inner is None else inner
+    """What `model` runs when it is not compiled.
+
+    Dynamo looks through a compiled function that it meets while it traces, but after a graph break
+    it calls it, and then the graphs go to the user's backend.
+    """
+    for attribute in ("_orig_mod", "_torchdynamo_orig_callable"):  # of torch.compile(model)
+        inner = getattr(model, attribute, None)
+        if inner is not None:
+            return inner
+    if getattr(model, "_compiled_call_impl", None) is not None:  # after model.compile()
+        return model._call_impl  # type: ignore[attr-defined]
+    return model
 
 
 def fresh_call(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,8 @@ With w = scale/guard(z), z = norm_scale·q'·key_sum, t = do·stateᵀ:
                 dstate = Σ_n q (w·do),  dkey_sum = Σ_n dz·q'      by splits of the sequence
     key pass:   dk = v·dstateᵀ,  dv = k·dstate,  dk' = dkey_sum                        (dk + dk' where k' is k)
 rowsum(do∘out) is w·rowsum(t∘q), so the output is neither saved nor read. Statistics are fp32.
+Where the state and dstate do not fit into registers together, the query pass stores w and norm_scale·dz per token,
+and `state_kernel` sums dstate and dkey_sum from these weights in a pass of its own.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,7 +18,7 @@ from bla_inductor.kernels.common import guarded, product, tile_mask, tile_range
 
 @triton.jit
 def query_pass_kernel(
-    DO, Q, QN, DQ, DQN, STATE, SUM, DSTATE, DSUM,
+    DO, Q, QN, DQ, DQN, STATE, SUM, DSTATE, DSUM, W, DZ,
     N, ROWS, SPLITS, B1, scale, norm_scale, eps,
     sg0, sg1, sgn, sgd,
     sq0, sq1, sqn, sqd,
@@ -30,6 +32,7 @@ def query_pass_kernel(
     NORMALIZER: tl.constexpr,
     DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr, NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
+    STORE_WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +105,10 @@ def query_pass_kernel(
                 tl.store(dqn_ptr + dqn_offsets, dqn.to(DQN.dtype.element_ty), mask=qn_mask)
             if NEED_DSUM:
                 dsum += tl.sum(qn * dz[:, None], 0)
+            if STORE_WEIGHTS:
+                row = batch.to(tl.int64) * N + n + tl.arange(0, BLOCK_N)
+                tl.store(W + row, w, mask=rows < N)
+                tl.store(DZ + row, dz * norm_scale, mask=rows < N)
         else:
             weighted_do = do.to(tl.float32) * scale
             if NEED_DQ:

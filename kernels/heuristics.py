@@ -10,6 +10,8 @@ from functools import cache
 
 import torch
 
+WIDE = 128  # the largest head dim that a pass of the backward takes as one block
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -57,9 +59,9 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
 
 @cache
 def query_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
-    """`query_pass_kernel`: state held and dstate accumulated, both BLOCK_D × BLOCK_V."""
+    """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both BLOCK_D × BLOCK_V."""
     d, v = block(D), block(DV)
-    rows = 64 if precision == "native" and d * v <= 8192 else 32
+    rows = 64 if precision == "native" else 32
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), 2)
 
 
@@ -83,16 +85,13 @@ def wide_query_tile(precision: str) -> Tile:
 
 
 @cache
-def fused_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> bool:
-    """Whether the backward runs in two passes (backward.py) rather than more (wide.py).
+def fused_query_pass(D: int, DV: int, precision: str, capability: int) -> bool:
+    """Whether the query pass also accumulates dstate, beside the state that it holds.
 
-    The query pass holds the state and accumulates dstate. Up to 128 × 128 fits on sm_90, where wgmma reads the state
-    from shared memory; mma on sm_8x wants it in registers; three tf32 products want it there twice.
+    It does where both fit into registers: mma on sm_8x wants the state there too, the CUDA cores want everything.
     """
-    if max(D, DV, DN) > 128:
-        return False
-    limit = 64 * 64 if precision == "ieee" else 128 * 128
-    return block(D) * block(DV) <= (limit if capability >= 9 else limit // 2)
+    limit = 1024 if precision == "ieee" else 4096 if capability < 9 else 8192
+    return block(D) * block(DV) <= limit
 
 
 @cache

@@ -292,24 +292,25 @@ def backward(
     precision = backward_precision(q.dtype, do.dtype)
     DN = (q if q_norm is None else q_norm).shape[-1]
     capability = heuristics.capability(q.device)
-    fused = heuristics.fused_backward(q.shape[-1], v.shape[-1], DN, precision, capability)
+    wide = max(q.shape[-1], v.shape[-1], DN) > heuristics.WIDE
+    fused = heuristics.fused_query_pass(q.shape[-1], v.shape[-1], precision, capability)
     normalized = normalizer != "none"
     dq, dk, dv, dq_norm, dk_norm = grads
     needs_dsum = normalized and (dk_norm is not None or (dk is not None and k_norm is None))
     needs_dstate = dk is not None or dv is not None
     with _on(q.device):
         gradients = _Gradients(do.shape[:-2])
-        query_pass = _query_pass if fused else _query_pass_wide
+        query_pass = _query_pass_wide if wide else _query_pass
         dstate, dsum = query_pass(
             gradients.full(dq), gradients.full(dq_norm), do, q, q_norm, state, key_sum,
-            normalizer, numbers, precision, needs_dstate, needs_dsum,
+            normalizer, numbers, precision, needs_dstate, needs_dsum, fused,
         )  # fmt: skip
         gradients.finish()
         if not needs_dstate and not needs_dsum:
             return
         batch = state.shape[:-2]
         gradients = _Gradients(batch)
-        key_pass = _key_pass if fused else _key_pass_wide
+        key_pass = _key_pass_wide if wide else _key_pass
         key_pass(
             gradients.full(dk), gradients.full(dv), gradients.full(dk_norm), k, v,
             dstate, dsum if normalized else None, k_norm is None, precision,
@@ -321,6 +322,20 @@ def _reduced(x: Tensor, batch: Sequence[int]) -> Tensor:
     """x with the batch dims that `batch` broadcasts summed, in torch's fixed order."""
     dims = [i for i, size in enumerate(batch) if size != x.shape[i]]
     return x.sum(dims, keepdim=True) if dims else x
+
+
+def _weighted_statistics(
+    q: Tensor,
+    do: Tensor,
+    q_norm: Tensor | None,
+    key_batch: Sequence[int],
+    normalized: bool,
+    precision: str,
+    weights: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """dstate = Σ_n q (w·do) and dkey_sum = Σ_n dz·q', with the state's batch."""
+    dstate, dsum = _statistics(q, do, q_norm, do.shape[:-2], normalized, precision, weights)
+    return _reduced(dstate, key_batch), _reduced(dsum, key_batch) if normalized else dsum
 
 
 def _query_pass(
@@ -336,8 +351,12 @@ def _query_pass(
     precision: str,
     needs_dstate: bool,
     needs_dsum: bool,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Write dq, dq_norm; return dstate and dkey_sum with the state's batch (unwritten where not needed)."""
+    """Write dq, dq_norm; return dstate and dkey_sum with the state's batch (unwritten where not needed).
+
+    Unfused, the kernel leaves the sums to `_statistics`.
+    """
     N, D, DV = q.shape[-2], q.shape[-1], do.shape[-1]
     normalized = normalizer != "none"
     feature = q if q_norm is None else q_norm
@@ -345,6 +364,13 @@ def _query_pass(
     batch = do.shape[:-2]
     key_batch = state.shape[:-2]
     tile = heuristics.query_pass_tile(D, DV, DN, precision)
+    needs_sums = needs_dstate or needs_dsum
+    weights = None
+    if needs_sums and not fused:
+        weight = q.new_empty([*batch, N], dtype=torch.float32)
+        weights = (weight, torch.empty_like(weight) if normalized else weight)
+        if not normalized:
+            weight.fill_(numbers[0])
     vector = key_sum if normalized else state[..., 0]
     writes = [t for t in (dq, dq_norm) if t is not None]
     operands = Batch(batch, (do, q, feature, state, vector), writes)
@@ -352,7 +378,7 @@ def _query_pass(
     sum_size = DN if normalized else 0
     dstate = q.new_empty([*key_batch, D, DV], dtype=torch.float32)
     dsum = q.new_empty([*key_batch, DN] if normalized else [0], dtype=torch.float32)
-    direct = splits == 1 and key_batch == batch
+    direct = weights is not None or (splits == 1 and key_batch == batch)
     out_state, out_sum, state_stride, sum_stride = dstate, dsum, D * DV, DN
     if not direct:
         width = D * DV + sum_size
@@ -368,17 +394,14 @@ def _query_pass(
         dq_target, dq_strides = written.pop(0)
     if dq_norm is not None:
         dqn_target, dqn_strides = written.pop(0)
-    do, q, feature, state, vector = operands.reads
     query_pass_kernel[(operands.count * splits,)](
-        do,
-        q,
-        feature,
+        *operands.reads[:3],
         dq_target,
         dqn_target,
-        state,
-        vector,
+        *operands.reads[3:],
         out_state,
         out_sum,
+        *(weights or (out_state, out_state)),
         N,
         rows,
         splits,
@@ -400,14 +423,19 @@ def _query_pass(
         DECOUPLED=q_norm is not None,
         NEED_DQ=dq is not None,
         NEED_DQN=dq_norm is not None,
-        NEED_DSTATE=needs_dstate,
-        NEED_DSUM=needs_dsum,
+        NEED_DSTATE=needs_dstate and fused,
+        NEED_DSUM=needs_dsum and fused,
+        STORE_WEIGHTS=weights is not None,
         PRECISION=precision,
         BIG=_big(tile, [*strides[:3], dq_strides, dqn_strides]),
         **asdict(tile),
     )
     operands.finish()
-    if not direct and (needs_dstate or needs_dsum):
+    if weights is not None:
+        return _weighted_statistics(
+            q, do, q_norm, key_batch, normalized, precision, weights
+        )
+    if not direct and needs_sums:
         partial = _reduced(out_state, key_batch)
         _sum_splits(partial, dstate, dsum, splits)
     return dstate, dsum
@@ -426,6 +454,7 @@ def _query_pass_wide(
     precision: str,
     needs_dstate: bool,
     needs_dsum: bool,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `_query_pass`, in two kernels."""
     N, D, DV = q.shape[-2], q.shape[-1], do.shape[-1]
@@ -484,9 +513,8 @@ def _query_pass_wide(
     operands.finish()
     if not needs_dstate and not needs_dsum:
         return weight, weight
-    dstate, dsum = _statistics(q, do, q_norm, batch, normalized, precision, (weight, dz))
     key_batch = state.shape[:-2]
-    return _reduced(dstate, key_batch), _reduced(dsum, key_batch) if normalized else dsum
+    return _weighted_statistics(q, do, q_norm, key_batch, normalized, precision, (weight, dz))
 
 
 def _key_pass(

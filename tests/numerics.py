@@ -41,13 +41,17 @@ def assert_no_less_accurate(
     reference: Callable[..., Any],
     inputs: Sequence[Tensor],
     factor: float = FACTOR,
+    roundings: float = ROUNDINGS,
 ) -> None:
-    """`ours` against `reference` on the same inputs, both against `reference` in fp64."""
+    """`ours` against `reference` on the same inputs, both against `reference` in fp64.
+
+    roundings: the floor, in units of the dtype's eps; a deep model needs more than one operator.
+    """
     exact = results(reference, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
     eager, got = results(reference, inputs), results(ours, inputs)
     for i, (mine, theirs, truth) in enumerate(zip(got, eager, exact, strict=True)):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
         assert mine.stride() == theirs.stride() or i > 0
-        budget = max(factor * error(theirs, truth), ROUNDINGS * torch.finfo(theirs.dtype).eps)
+        budget = max(factor * error(theirs, truth), roundings * torch.finfo(theirs.dtype).eps)
         which = f"gradient {i - 1}" if i else "output"
         assert error(mine, truth) <= budget, f"{which}: {error(mine, truth):.3e} > {budget:.3e}"

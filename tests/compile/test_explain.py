@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 
 import bla_inductor
+from bla_inductor import explainer
 
 
 def attention(q, k, v):
@@ -85,7 +86,11 @@ def test_state_is_put_back(x):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_what_was_compiled_stays_compiled(x, broken):
+@pytest.mark.parametrize("isolate", [False, True])
+def test_what_was_compiled_stays_compiled(x, broken, isolate, monkeypatch):
+    """More often than Dynamo's limit of 8 compilations a function."""
+    if not isolate:  # as in a torch that cannot: there, graph breaks count towards the limit
+        monkeypatch.setattr(explainer, "isolated", dict)
     compiled = 0
 
     def counting(gm, example_inputs):
@@ -98,16 +103,44 @@ def test_what_was_compiled_stays_compiled(x, broken):
     run(x)
     before = compiled
     assert before == 1 + broken
-    for _ in range(12):  # more often than Dynamo's limit of 8 compilations a function
+    for _ in range(12 if explainer.isolated() or not broken else 3):
         assert len(bla_inductor.explain(block, x).matches) == 1
     run(x)
     assert compiled == before
 
 
-def test_all_graphs_are_in_one_report(x):
-    report = bla_inductor.explain(Block(broken=True), x)
+@pytest.mark.parametrize("how", ["eager", "torch.compile", "Module.compile"])
+def test_all_graphs_are_in_one_report(x, how):
+    block = Block(broken=True)
+    if how == "Module.compile":
+        block.compile(backend="eager")
+    model = torch.compile(block, backend="eager") if how == "torch.compile" else block
+    report = bla_inductor.explain(model, x)
     assert report.graphs == 2
     assert len(report.matches) == 1
+
+
+def test_a_function_compiled_with_a_graph_break(x):
+    def broken(q):
+        q = q.sin()
+        torch._dynamo.graph_break()
+        return attention(q, q, q)
+
+    assert bla_inductor.explain(torch.compile(broken, backend="eager"), x).graphs == 2
+
+
+def test_nested_graphs_are_copied():
+    child = fx.symbolic_trace(torch.sin)
+    parent = fx.GraphModule({"child": child}, fx.Graph())
+    out = parent.graph.call_module("child", (parent.graph.placeholder("x"),))
+    parent.graph.output(out)
+    parent.recompile()
+    twin = explainer.copy_graphs(parent)
+    (sine,) = child.graph.find_nodes(op="call_function", target=torch.sin)
+    sine.target = torch.cos
+    child.recompile()
+    assert parent(torch.zeros(())) == 1
+    assert twin(torch.zeros(())) == 0
 
 
 def test_the_environment_decides_the_options(x, monkeypatch):
