@@ -1,8 +1,9 @@
 """When the rewrite pays.
 
-Linear attention moves bytes: fused, q, k, v are read once and the result is written once. The order of the
-contraction decides the arithmetic: (N + M)·D·Dv multiply-adds a head when the state is formed first, N·M·(D + Dv)
-when the N × M matrix is.
+Linear attention moves bytes: fused, q, k, v are read once and the result is written once. The order
+of the
+contraction decides the arithmetic: (N + M)·D·Dv multiply-adds a head when the state is formed
+first, N·M·(D + Dv) when the N × M matrix is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Trito
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Sizes (hints, where symbolic): `batch` heads in all, queries, keys, feature and value channels."""
+    """Sizes (hints, where symbolic): `batch` heads in all, queries, keys, feature and value
+    channels.
+    """
 
     batch: int
     n: int
@@ -49,15 +52,16 @@ def decide(p: Problem) -> Decision:
     if p.device == "cuda" and max(p.c, p.d) > KERNEL_LIMIT:
         return Decision(
             False,
-            f"head dims of {p.c} and {p.d}: the kernels take at most {KERNEL_LIMIT}; a state of that size "
-            "is matrix-bound, and a plain GEMM is as fast",
+            f"head dims of {p.c} and {p.d}: the kernels take at most {KERNEL_LIMIT}; a state "
+            "of that size is matrix-bound, and a plain GEMM is as fast",
         )
     gain = p.quadratic_flops() / max(p.linear_flops(), 1)
     if p.quadratic and p.device == "cuda" and gain < 1:
         return Decision(
             False,
             f"written as (qkᵀ)v with N={p.n}, M={p.m} against D={p.c}, Dv={p.d}: that order takes "
-            f"{1 / gain:.1f}× fewer FLOPs than q(kᵀv), so it stays; options={{'rewrite': 'always'}} overrides",
+            f"{1 / gain:.1f}× fewer FLOPs than q(kᵀv), so it stays; "
+            "options={'rewrite': 'always'} overrides",
         )
     if p.quadratic and gain > 1:
         return Decision(True, f"q(kᵀv) instead of (qkᵀ)v: {gain:.1f}× fewer FLOPs, no N×M matrix")

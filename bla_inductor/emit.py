@@ -1,8 +1,8 @@
 """New nodes in a Dynamo graph.
 
-Every node targets an OpOverload and carries `example_value`, else AOTAutogradCache does not take the graph, and
-the stack trace of the node it replaces, so that errors and profiles still show the user's line. If a plan
-turns out not to work, `undo` takes back all that was inserted.
+Every node targets an OpOverload and carries `example_value`, else AOTAutogradCache does not take
+the graph, and the stack trace of the node it replaces, so that errors and profiles still show the
+user's line. If a plan turns out not to work, `undo` takes back all that was inserted.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Emitter:
     def laid_out(self, node: fx.Node, axes: Axes, target: Axes, fill: Sequence[bool]) -> fx.Node:
         """`node`, which is laid out as `axes`, as `target`; views wherever they are possible.
 
-        An index of `target` that `axes` has not becomes size one, or, where fill[i] for its axis, is expanded.
+        An index of `target` that `axes` has not becomes size one, or, where fill[i] for its axis,
+        is expanded.
         """
         have = [i for axis in axes for i in axis]
         order = [i for axis in target for i in axis if i in have]

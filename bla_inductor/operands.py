@@ -1,7 +1,8 @@
 """Which tensor of the graph is this product of factors?
 
-A match speaks of factors; the rewrite needs nodes. One factor is its leaf. For several (keys times a mask) the
-catalogue knows whether the user's graph already holds their product, so that nothing is computed twice.
+A match speaks of factors; the rewrite needs nodes. One factor is its leaf. For several (keys times
+a mask) the catalogue knows whether the user's graph already holds their product, so that nothing is
+computed twice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _MOST_FACTORS = 5
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`coef` times the tensor of `node`, laid out as `axes`, is the product; dtype as it was contracted."""
+    """`coef` times the tensor of `node`, laid out as `axes`, is the product; dtype as it was
+    contracted.
+    """
 
     node: fx.Node
     axes: Axes
@@ -54,7 +57,7 @@ class Catalogue:
                 self._products[_key(value.term.factors)].append(node)
 
     def find(self, factors: Sequence[Factor], before: fx.Node) -> Source | None:
-        """The tensor, made before `before`, that is the product of `factors` up to a coefficient."""
+        """The tensor, made before `before`, that is the product of `factors` but for a number."""
         limit = self._seen.position[before]
         if len(factors) == 1 and isinstance(read := factors[0], Read) and read.power == 1:
             node = read.leaf.node
@@ -107,7 +110,9 @@ def _unify_factor(a: Factor, b: Factor, mapping: dict[Index, Axis]) -> dict[Inde
 
 
 def _unify_axis(have: Axis, want: Axis, mapping: dict[Index, Axis]) -> dict[Index, Axis] | None:
-    """`want` may be finer than `have`: each index of `have` takes as many of `want` as fill its size."""
+    """`want` may be finer than `have`: each index of `have` takes as many of `want` as fill its
+    size.
+    """
     mapping, rest = dict(mapping), list(want)
     for index in have:
         taken: list[Index] = []

@@ -1,6 +1,7 @@
 """From a match to nodes: which tensors are the operands, in what layout, in what dtype.
 
-`Plan.make` decides and changes nothing; `Plan.emit` writes the nodes. Either raises `Unemittable` with a reason.
+`Plan.make` decides and changes nothing; `Plan.emit` writes the nodes. Either raises `Unemittable`
+with a reason.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Operand:
 
     @property
     def nodes(self) -> list[tuple[fx.Node, int]]:
-        """The nodes that are read, each with the leaf's birth, or -1 for a product of the user's."""
+        """The nodes that are read, with each leaf's birth, or -1 for a product of the user's."""
         if self.source is not None:
-            born = self.factors[0].leaf.born if len(self.reads) == len(self.factors) == 1 else -1
+            born = self.reads[0].leaf.born if len(self.reads) == len(self.factors) == 1 else -1
             return [(self.source.node, born)]
         return [(r.leaf.node, r.leaf.born) for r in self.reads if r.leaf.node is not None]
 

@@ -1,7 +1,8 @@
 """What was matched, what was refused, and why: the one thing the user reads.
 
-A `Match` is a place in the user's code that was replaced, a `Refusal` one that looked like a family but
-was left as it was. Both name the user's own source line. `Report` collects them over the graphs of a model.
+A `Match` is a place in the user's code that was replaced, a `Refusal` one that looked like a family
+but was left as it was. Both name the user's own source line. `Report` collects them over the graphs
+of a model.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LIBRARIES = re.compile(r"[/\\]site-packages[/\\](torch|einops)[/\\]|[/\\]torch[
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A line of the user's code: `file`, `line`, the enclosing `function` and the text of the line."""
+    """A line of the user's code: file, line, the enclosing function and the text of the line."""
 
     file: str
     line: int
@@ -49,8 +50,10 @@ def locate(node: fx.Node) -> Location:
 class Match:
     """A place that was rewritten.
 
-    family: the pattern's name; formula: what it computes, in index notation; sizes: `B=2 H=8 N=1024 …`;
-    dtype: of the operands and of the result; reason: why the rewrite pays; node: the graph node replaced.
+    family: the pattern's name; formula: what it computes, in index notation; sizes: `B=2 H=8 N=1024
+    …`;
+    dtype: of the operands and of the result; reason: why the rewrite pays; node: the graph node
+    replaced.
     """
 
     family: str
@@ -91,9 +94,11 @@ class Refusal:
 
 @dataclass(slots=True)
 class Report:
-    """Everything that was decided about one graph, or, added up with `+`, about all graphs of a model.
+    """Everything that was decided about one graph, or, added up with `+`, about all graphs of a
+    model.
 
-    `graphs` counts the graphs looked at and `nodes` their nodes; `seconds` is the time the analysis took.
+    `graphs` counts the graphs looked at and `nodes` their nodes; `seconds` is the time the analysis
+    took.
     """
 
     matches: list[Match] = field(default_factory=list)
@@ -116,7 +121,9 @@ class Report:
         yield from self.refusals
 
     def summary(self) -> str:
-        """One line: how many matches and refusals, in how many graphs, and where the first of them is."""
+        """One line: how many matches and refusals, in how many graphs, and where the first of them
+        is.
+        """
         counted = f"{len(self.matches)} matched, {len(self.refusals)} refused"
         text = f"{counted} in {self.graphs} graph{'s' * (self.graphs != 1)} of {self.nodes} nodes"
         if self.matches:

@@ -1,10 +1,12 @@
 """Find the families in a Dynamo graph and put the operators in their place.
 
-    observe → walk back from the output, matching every tensor that is still needed → emit → erase what is dead
+    observe → walk back from the output, matching every tensor that is still needed → emit → erase
+    what is dead
 
-Walking back, the richest node is met first: the division before the numerator it divides, and the transpose and
-reshape that follow before both, so that the operator writes the layout that the reader reads. What only the
-replaced node needed is not visited. The graph is edited in place; bodies of checkpoints are visited as well.
+Walking back, the richest node is met first: the division before the numerator it divides, and the
+transpose and reshape that follow before both, so that the operator writes the layout that the
+reader reads. What only the replaced node needed is not visited. The graph is edited in place;
+bodies of checkpoints are visited as well.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ log = logging.getLogger(__name__)
 def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
     """Rewrite `gm` in place and report what was done and what was not, and why.
 
-    example_inputs: one per placeholder (tensors or symbolic integers). With options.rewrite == "off" the graph
-    is only read. What cannot be observed or rewritten stays as the user wrote it, with a refusal.
+    example_inputs: one per placeholder (tensors or symbolic integers). With options.rewrite ==
+    "off" the graph is only read. What cannot be observed or rewritten stays as the user wrote it,
+    with a refusal.
     """
     fixed = [_is_parameter(n) for n in gm.graph.find_nodes(op="placeholder")]
     return _rewrite(gm, example_inputs, fixed, options)
@@ -72,7 +75,7 @@ def _rewrite(
 def _select(
     gm: fx.GraphModule, seen: Observation, options: Options, report: Report
 ) -> tuple[list[Plan], set[fx.Node]]:
-    """The places to rewrite, found from the output backwards, and the nodes that are needed then."""
+    """The places to rewrite, found from the output backwards, and the nodes needed then."""
     catalogue = Catalogue(seen)
     found: dict[fx.Node, LinearAttention | Mismatch | None] = {}
 
@@ -112,7 +115,8 @@ def _select(
 def _inner(node: fx.Node, attention: LinearAttention, seen: Observation, matched: Any) -> bool:
     """Whether an input of `node` is as rich a match and a better root.
 
-    Better, because what `node` adds is not the operator's business: a gate, or a cast to a wider dtype.
+    Better, because what `node` adds is not the operator's business: a gate, or a cast to a wider
+    dtype.
     """
     for source in node.all_input_nodes:
         other = matched(source)
@@ -144,8 +148,8 @@ def _plan(
     storage = seen.storage_of(seen.tensors[node])
     first = next(n for n, t in seen.tensors.items() if seen.storage_of(t) == storage)
     if first is not node and seen.written(node, seen.position[node]):
-        reason = "it is a view of a tensor that is modified in place later"
-        return Refusal(FAMILY, reason, locate(node), node.name)
+        why = "it is a view of a tensor that is modified in place later"
+        return Refusal(FAMILY, why, locate(node), node.name)
     return plan
 
 
@@ -186,7 +190,8 @@ def _apply(
 def _has_effect(node: fx.Node, seen: Observation, needed: set[fx.Node]) -> bool:
     """Whether `node` matters although nothing that matters uses its result.
 
-    An in-place operator matters when somebody reads that memory afterwards, or when it is an input's.
+    An in-place operator matters when somebody reads that memory afterwards, or when it is an
+    input's.
     """
     storages = {s for s, at in seen.writes.items() if seen.position.get(node) in at}
     if not storages:

@@ -15,7 +15,9 @@ _BATCH = "bhgijkl"
 
 
 def formula(plan: Plan) -> str:
-    """`out[b,h,n,d] = Σ_m Σ_c q[b,h,n,c]·k[b,h,m,c]·v[b,h,m,d] ÷ (… + eps)`, and what q, k and v are."""
+    """`out[b,h,n,d] = Σ_m Σ_c q[b,h,n,c]·k[b,h,m,c]·v[b,h,m,d] ÷ (… + eps)`, and what q, k and v
+    are.
+    """
     batch = _BATCH[: len(plan.batch)]
 
     def read(name: str, operand: Operand, letters: str) -> str:

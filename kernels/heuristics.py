@@ -10,9 +10,6 @@ from functools import cache
 
 import torch
 
-WIDE = 128  # the largest head dim that a pass of the backward takes as one block
-
-
 @dataclass(frozen=True)
 class Tile:
     """Block sizes (rows of the sequence, features, value channels, normaliser features), warps, pipeline stages."""
@@ -40,8 +37,13 @@ def state_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
-        return Tile(32 if d == 256 else 64, d, v, block(DN), _warps(d, v, precision), 3)
-    v = min(v, 64, 8192 // d)
+        if d == 256:
+            return Tile(64, d, v, block(DN), 4, 2)
+        return Tile(64, d, v, block(DN), _warps(d, v, precision), 3)
+    v = min(v, 64)
+    if precision == "ieee" and max(d, block(DN)) > 64:
+        return Tile(16, d, v, block(DN), 8, 1)
+    v = min(v, 8192 // d)
     return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 
 
@@ -51,7 +53,7 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
-        return Tile(32 if d == 256 else 64, d, v, block(DN), _warps(d, v, precision), 2)
+        return Tile(64, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
     v = min(v, 64, 8192 // d)
     rows = 64 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
@@ -82,6 +84,16 @@ def wide_query_tile(precision: str) -> Tile:
     return Tile(
         64 if precision == "native" else 32, 64, 64, 64, 8 if precision == "ieee" else 4, 2
     )
+
+
+@cache
+def wide_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> bool:
+    """Whether the backward runs in tiles of the head dims (wide.py) because one block a pass does not fit.
+
+    128 × 128 needs more than the 99 KiB of shared memory of sm_86 and sm_89; the CUDA cores read from registers.
+    """
+    limit = 1024 if precision == "ieee" else 8192 if capability < 9 else 16384
+    return max(D, DV, DN) > 128 or block(D) * block(DV) > limit
 
 
 @cache

@@ -292,7 +292,7 @@ def backward(
     precision = backward_precision(q.dtype, do.dtype)
     DN = (q if q_norm is None else q_norm).shape[-1]
     capability = heuristics.capability(q.device)
-    wide = max(q.shape[-1], v.shape[-1], DN) > heuristics.WIDE
+    wide = heuristics.wide_backward(q.shape[-1], v.shape[-1], DN, precision, capability)
     fused = heuristics.fused_query_pass(q.shape[-1], v.shape[-1], precision, capability)
     normalized = normalizer != "none"
     dq, dk, dv, dq_norm, dk_norm = grads

@@ -1,13 +1,14 @@
 """Contractions declared in index notation, and their match against a Term.
 
-`Contraction("q: n c, k: m c, v: m d -> n d")` says which operand carries which letter. A letter is recognised by
-the company it keeps: `c` is summed and occurs in q and k alone, `d` survives and occurs in v alone. One letter
-may stand for several indices (image rows and columns, say), and any surviving index that several operands, or
-the wrong single one, carry is a batch index. Sizes play no part.
+`Contraction("q: n c, k: m c, v: m d -> n d")` says which operand carries which letter. A letter is
+recognised by
+the company it keeps: `c` is summed and occurs in q and k alone, `d` survives and occurs in v alone.
+One letter may stand for several indices (image rows and columns, say), and any surviving index that
+several operands, or the wrong single one, carry is a batch index. Sizes play no part.
 
-Factors beyond the declared operands join the operand whose letters cover theirs (a key weight joins k), or stay
-outside when the result's letters cover them (a gate on the output). Where several would do, the one with which
-the factor already is a tensor of the graph (`known`) is taken.
+Factors beyond the declared operands join the operand whose letters cover theirs (a key weight joins
+k), or stay outside when the result's letters cover them (a gate on the output). Where several would
+do, the one with which the factor already is a tensor of the graph (`known`) is taken.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class Unsplittable:
-    """The declared operands are there, but `factor` couples letters that no operand has together."""
+    """The operands are there, but `factor` couples letters that no operand has together."""
 
     factor: Factor
     letters: tuple[str, ...]
@@ -81,7 +82,9 @@ class Contraction:
     def _letters(
         self, carried: dict[str, frozenset[Index]], bound: frozenset[Index]
     ) -> dict[str, tuple[Index, ...]] | None:
-        """The indices of each letter; "" collects the batch. None when a summed index fits no letter."""
+        """The indices of each letter; "" collects the batch. None when a summed index fits no
+        letter.
+        """
         company = {
             (
                 frozenset(n for n, ls in self.operands.items() if letter in ls),
@@ -89,7 +92,7 @@ class Contraction:
             ): letter
             for letter in dict.fromkeys("".join(self.operands.values()))
         }
-        found: dict[str, list[Index]] = {letter: [] for letter in company.values()} | {"": []}
+        found: dict[str, list[Index]] = {letter: [] for letter in [*company.values(), ""]}
         everything = frozenset().union(*carried.values())
         if not bound <= everything:
             return None

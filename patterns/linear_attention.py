@@ -1,17 +1,20 @@
 """Bidirectional linear attention, normalised or not, coupled or decoupled.
 
-    out[b,n,d] = s · Σ_c Σ_m q[b,n,c] · k[b,m,c] · v[b,m,d]  ÷  guard(t · Σ_c Σ_m q'[b,n,c] · k'[b,m,c])
+    out[b,n,d] = s · Σ_c Σ_m q[b,n,c] · k[b,m,c] · v[b,m,d]  ÷  guard(t · Σ_c Σ_m q'[b,n,c] ·
+    k'[b,m,c])
 
-Transformers are RNNs, Katharopoulos et al. 2020 (arXiv 2006.16236); without the divisor, Galerkin attention
-(Cao 2021, arXiv 2105.14995) and efficient attention (Shen et al. 2018, arXiv 1812.01243). With q' ≠ q the
-normaliser is decoupled, as in rotary linear attention (RoFormer, arXiv 2104.09864, section 3.3).
+Transformers are RNNs, Katharopoulos et al. 2020 (arXiv 2006.16236); without the divisor, Galerkin
+attention (Cao 2021, arXiv 2105.14995) and efficient attention (Shen et al. 2018, arXiv 1812.01243).
+With q' ≠ q the normaliser is decoupled, as in rotary linear attention (RoFormer, arXiv 2104.09864,
+section 3.3).
 
-q(kᵀv) and (qkᵀ)v are the same Term, so both orders are found; so are all layouts, N ≠ M, one-headed keys and
-values (the head joins the queries), and V padded with ones. The chain q–k–v reads the same backwards as
-v–k–q: the normaliser tells which end the queries are; without one, the longer summed index is the sequence.
+q(kᵀv) and (qkᵀ)v are the same Term, so both orders are found; so are all layouts, N ≠ M, one-headed
+keys and values (the head joins the queries), and V padded with ones. The chain q–k–v reads the same
+backwards as v–k–q: the normaliser tells which end the queries are; without one, the longer summed
+index is the sequence.
 
-Not handled: a sum of several terms in the numerator, a divisor that is not Σ q'k', a factor that couples
-queries with keys (a causal mask, a position bias): Mismatch, with the reason.
+Not handled: a sum of several terms in the numerator, a divisor that is not Σ q'k', a factor that
+couples queries with keys (a causal mask, a position bias): Mismatch, with the reason.
 """
 
 from __future__ import annotations
@@ -22,9 +25,9 @@ from typing import Literal
 
 import sympy
 import torch
+from bla_inductor.patterns.contraction import Contraction, Known, Roles, Unsplittable
 
 from bla_inductor.algebra import Factor, Guard, Index, Read, Size, Term, Value, product
-from bla_inductor.patterns.contraction import Contraction, Known, Roles, Unsplittable
 
 __all__ = ["FAMILY", "LinearAttention", "Mismatch", "match"]
 
@@ -50,7 +53,7 @@ class Normaliser:
 
 @dataclass(frozen=True, slots=True)
 class LinearAttention:
-    """A Term read as linear attention: the factors of each operand and the indices of each letter."""
+    """A Term read as linear attention: the factors of each operand, the indices of each letter."""
 
     scale: float | sympy.Expr
     q: tuple[Factor, ...]
@@ -69,7 +72,7 @@ class LinearAttention:
 
     @property
     def rank(self) -> tuple[bool, bool]:
-        """How much of the graph it takes in: a normalised match is richer than its bare numerator."""
+        """How much of the graph it takes in: with its normaliser it is richer than without."""
         return self.normaliser is not None, not self.outer
 
 
@@ -83,7 +86,8 @@ class Mismatch:
 def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch | None:
     """`value` as linear attention; None where it does not resemble it.
 
-    known: whether a product of factors is a tensor of the graph; hint: a likely number for a symbolic size.
+    known: whether a product of factors is a tensor of the graph; hint: a likely number for a
+    symbolic size.
     """
     term = value.term
     guards = [f for f in term.factors if isinstance(f, Guard) and f.power == -1]
@@ -109,7 +113,7 @@ def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch 
 
 
 def _better(a: LinearAttention, b: LinearAttention, hint: Hint) -> bool:
-    """The normaliser names the queries; else the sequence is the longer of the two summed indices."""
+    """The normaliser names the queries; else the longer summed index is the sequence."""
     if (a.normaliser is None) != (b.normaliser is None):
         return a.normaliser is not None
     return hint(product(i.size for i in a.m)) > hint(product(i.size for i in b.m))
@@ -179,6 +183,6 @@ def _coupling(found: Unsplittable) -> str:
     factor = found.factor
     name = str(factor.leaf) if isinstance(factor, Read) else "a divisor"
     return (
-        f"`{name}` weights pairs (indices {' and '.join(found.letters)}) that no one of q, k, v has together, "
-        "like a causal mask or a position bias: it cannot be moved into an operand"
+        f"`{name}` weights pairs (indices {' and '.join(found.letters)}) that no one of q, k, v has "
+        "together, like a causal mask or a position bias: it cannot be moved into an operand"
     )

@@ -1,7 +1,8 @@
 """Errors against fp64: the one measure of accuracy in these tests.
 
 A rewritten function may not be less accurate than the user's own: for the result and every gradient
-‖ours - fp64‖ ≤ FACTOR · ‖eager - fp64‖, with a floor of a few roundings for results that eager gets exactly.
+‖ours - fp64‖ ≤ FACTOR · ‖eager - fp64‖, with a floor of a few roundings for results that eager gets
+exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tens
     generator = torch.Generator().manual_seed(17)
     incoming = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     grads = torch.autograd.grad(out, wanted, incoming.to(out), allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True))]
+    return [
+        out.detach(),
+        *(torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)),
+    ]
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -47,10 +51,13 @@ def assert_no_less_accurate(
 
     roundings: the floor, in units of the dtype's eps; a deep model needs more than one operator.
     """
-    exact = results(reference, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
+    exact = results(
+        reference, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    )
     eager, got = results(reference, inputs), results(ours, inputs)
     for i, (mine, theirs, truth) in enumerate(zip(got, eager, exact, strict=True)):
-        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+        assert mine.shape == theirs.shape
+        assert mine.dtype == theirs.dtype
         assert mine.stride() == theirs.stride() or i > 0
         budget = max(factor * error(theirs, truth), roundings * torch.finfo(theirs.dtype).eps)
         which = f"gradient {i - 1}" if i else "output"

@@ -1,9 +1,9 @@
 """Index variables and the arithmetic of their sizes.
 
-An axis of a tensor is a tuple of indices, major first: `(b, h)` is an axis of size `b.size * h.size` that
-somebody merged, and `()` an axis of size one. Two axes describe the same thing when they refine to the same
-indices. A size is a Python int, or a sympy expression where the graph is symbolic; nothing here touches the
-shape environment, so nothing here can install a guard.
+An axis of a tensor is a tuple of indices, major first: `(b, h)` is an axis of size `b.size *
+h.size` that somebody merged, and `()` an axis of size one. Two axes describe the same thing when
+they refine to the same indices. A size is a Python int, or a sympy expression where the graph is
+symbolic; nothing here touches the shape environment, so nothing here can install a guard.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -32,12 +33,14 @@ __all__ = [
     "substitute_axes",
 ]
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 _numbers = itertools.count()
 
 
 class Inexpressible(Exception):
-    """The layout operation cannot be said in indices (an uneven split, say): its result is a new leaf."""
+    """The layout operation cannot be said in indices (an uneven split, say): its result is a new
+    leaf.
+    """
 
 
 class Index:

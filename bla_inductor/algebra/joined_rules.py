@@ -1,7 +1,8 @@
 """Padding, concatenation and slicing.
 
-A padded or joined tensor stays a leaf, but it remembers its pieces: a slice of a *product* with it finds the
-piece again. That is how V padded with a column of ones gives numerator and normaliser back.
+A padded or joined tensor stays a leaf, but it remembers its pieces: a slice of a *product* with it
+finds the piece again. That is how V padded with a column of ones gives numerator and normaliser
+back.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _END = 2**62  # a slice written without an end arrives with the largest int64
 
 
 def _sliced(value: Value, dim: int, start: Size, end: Size, size: Size) -> Value | None:
-    """`value[start:end]` along `dim`, where that is all of it, or one piece of a padded or joined leaf."""
+    """`value[start:end]` along `dim`, where that is all of it, or one piece of a padded or joined
+    leaf.
+    """
     length = end - start
     if equal(length, size):
         return value

@@ -24,7 +24,9 @@ def _same(V: Lookup, out: torch.Tensor, x: torch.Tensor, **_: Any) -> Result:
 
 @rule(aten.detach, layout=True)
 def _detach(V: Lookup, out: torch.Tensor, x: torch.Tensor) -> Result:
-    """A constant stays one; anything else is a leaf, or gradients would flow where the user cut them."""
+    """A constant stays one; anything else is a leaf, or gradients would flow where the user cut
+    them.
+    """
     value = V(x)
     return None if value.term.factors else value
 

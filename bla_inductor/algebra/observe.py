@@ -1,11 +1,12 @@
 """Run a graph on fake tensors and write down what every node is.
 
-A node may be spelled in any way; below autograd it dissolves into a few ATen operators, which the rules turn
-into Values. A Value is told in leaves, and every leaf is the result of a graph node, so that a rewrite can
+A node may be spelled in any way; below autograd it dissolves into a few ATen operators, which the
+rules turn into Values. A Value is told in leaves, and every leaf is the result of a graph node, so
+that a rewrite can
 name it: where a node's inner workings made a leaf of their own, the node's result becomes the leaf.
 
-Nothing outside is changed: tensors are made anew from the metadata, guards are suppressed, autocast and RNG
-state are put back.
+Nothing outside is changed: tensors are made anew from the metadata, guards are suppressed, autocast
+and RNG state are put back.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bla_inductor.algebra import joined_rules, layout_rules, product_rules
 from bla_inductor.algebra.index import Inexpressible, Size, as_size, axis_size, equal
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
-from bla_inductor.algebra.term import Leaf, Value, leaf_value
+from bla_inductor.algebra.term import Leaf, Read, Term, Value, leaf_value
 
 __all__ = ["Body", "Observation", "Opaque", "observe", "undisturbed"]
 
@@ -49,7 +50,7 @@ class Opaque(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """The graph inside a higher-order operator; `fixed[i]`: argument i depends on parameters alone."""
+    """The graph inside a higher-order operator; `fixed[i]`: argument i is a parameter or like one."""
 
     module: fx.GraphModule
     fixed: tuple[bool, ...]
@@ -81,7 +82,7 @@ class Observation:
         return self.storage.get(key, key)
 
     def written(self, node: fx.Node, after: int, before: int | None = None) -> bool:
-        """Whether the storage of `node` is written to after position `after` (and before `before`)."""
+        """Whether the memory of `node` is written to after position `after` (and before `before`)."""
         writes = self.writes.get(self.storage_of(self.tensors[node]), ())
         return any(after < w and (before is None or w < before) for w in writes)
 
@@ -161,7 +162,9 @@ class _Observer(TorchDispatchMode):
         return [self._checked(packet, v, t) for v, t in zip(values, outs, strict=True)]
 
     def _checked(self, packet: Any, value: Value | None, tensor: torch.Tensor) -> Value | None:
-        """A Value whose axes disagree with the tensor's shape would be a wrong rule: do not believe it."""
+        """A Value whose axes disagree with the tensor's shape would be a wrong rule: do not believe
+        it.
+        """
         if value is None:
             return None
         right = len(value.axes) == tensor.dim() and all(
@@ -175,7 +178,7 @@ class _Observer(TorchDispatchMode):
         outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         if not outs:
             return
-        flat = isinstance(out, torch.Tensor) or isinstance(out, tuple | list)
+        flat = isinstance(out, torch.Tensor | tuple | list)
         values = self._apply(func.overloadpacket, out, args, kwargs) if flat else [None] * len(outs)
         fixed = None
         for tensor, value in zip(outs, values, strict=True):
@@ -232,24 +235,15 @@ class _Observer(TorchDispatchMode):
         return any(self.leaf_storage.get(leaf) == storage for leaf in value.term.leaves())
 
     def name(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """`node` made `tensor`: from here on leaves that live in it can be read as the node's result."""
+        """`node` made `tensor`: from here on leaves that live in it can be read as the node's
+        result.
+        """
         value = self.value(tensor)
         unnamed = [leaf for leaf in value.term.leaves() if leaf.node is None]
         if unnamed:
             (leaf, *others) = unnamed
-            whole = leaf_value(leaf).term.factors
-            factors = value.term.factors
-            same = (
-                not others
-                and len(factors) == 1
-                and not value.term.bound
-                and value.term.coef == 1
-                and isinstance(factor := factors[0], type(whole[0]))
-                and factor.axes == value.axes
-                and factor.power == 1
-                and value.dtype == leaf.dtype
-            )
-            if same:
+            whole = Read(leaf, value.axes, leaf.dtype)
+            if not others and value == Value(Term((whole,)), value.axes, leaf.dtype):
                 leaf.node, leaf.born = node, self.now
             else:
                 fixed = value.term.fixed()
@@ -345,7 +339,9 @@ class _Walk(fx.Interpreter):
                     self.observer.seen.hints[expr] = hint
 
     def _higher_order(self, n: fx.Node) -> Any:
-        """Not executed: the results are made from the recorded metadata, the body is visited on its own."""
+        """Not executed: the results are made from the recorded metadata, the body is visited on its
+        own.
+        """
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.target.name() in _TRANSPARENT if callable(n.target.name) else False:  # type: ignore[union-attr]
             operands = [a for a in args if not isinstance(a, fx.GraphModule | str)]
@@ -362,7 +358,9 @@ class _Walk(fx.Interpreter):
         return pytree.tree_map(self.fake, known)
 
     def _grad_mode(self, enabled: bool) -> None:
-        """Terms never reach into a finished no_grad region: gradients would flow where they did not."""
+        """Terms never reach into a finished no_grad region: gradients would flow where they did
+        not.
+        """
         if enabled and self.region is not None:
             for node in self.region:
                 tensor = self.observer.seen.tensors.get(node)
@@ -398,9 +396,9 @@ def undisturbed(shape_env: Any) -> Iterator[None]:
 def observe(gm: fx.GraphModule, inputs: Sequence[Any], fixed: Sequence[bool]) -> Observation:
     """The Values of all nodes of `gm`.
 
-    inputs: example inputs (tensors, real or fake, and symbolic integers), used where a placeholder has no
-    metadata; fixed: for each placeholder, whether it is a parameter or a buffer.
-    Raises Opaque when the graph holds something that must not be looked into.
+    inputs: example inputs (tensors, real or fake, and symbolic integers), used where a placeholder
+    has no metadata; fixed: for each placeholder, whether it is a parameter or a buffer. Raises
+    Opaque when the graph holds something that must not be looked into.
     """
     context = TracingContext.try_get()
     known = [n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes]

@@ -41,7 +41,9 @@ def _scalar_tensor(V: Lookup, out: torch.Tensor, x: Any, **_: Any) -> Result:
 
 
 def _operand(V: Lookup, x: torch.Tensor) -> Value:
-    """An operand of a contraction. A chain of three is as long as attention gets: a longer one starts anew."""
+    """An operand of a contraction. A chain of three is as long as attention gets: a longer one
+    starts anew.
+    """
     value = V(x)
     return value if value.term.depth < 2 else V.cut(x)
 
@@ -54,7 +56,9 @@ def _contract(
     summed: dict[int, int],
     out: torch.Tensor,
 ) -> Result:
-    """Σ over the `summed` pairs of axes of x·y; a product with parameters is a projection, so a leaf."""
+    """Σ over the `summed` pairs of axes of x·y; a product with parameters is a projection, so a
+    leaf.
+    """
     a, b = _operand(V, x), _operand(V, y)
     if a.term.fixed() or b.term.fixed():
         return None
@@ -124,7 +128,8 @@ def _mul(V: Lookup, out: torch.Tensor, x: Any, y: Any) -> Result:
             value = V(one)
             return Value(value.term.scaled(factor), value.axes, out.dtype)
     a, b = V(x), V(y)
-    # A parameter times something not contracted yet is part of a feature map: the product is the leaf.
+    # A parameter times something not contracted yet is part of a feature map: the product is the
+    # leaf.
     if (a.term.fixed() and not b.term.bound) or (b.term.fixed() and not a.term.bound):
         return None
     a, b, axes = _broadcast(a, b)

@@ -1,10 +1,12 @@
 """The table of ATen rules, and how scalars enter the algebra.
 
-Below autograd only a small vocabulary arrives, whatever the user wrote (`@`, einsum, einops, methods). Layout
-operators relabel axes, products unite them, contractions bind them, divisions go below the line. An operator
+Below autograd only a small vocabulary arrives, whatever the user wrote (`@`, einsum, einops,
+methods). Layout operators relabel axes, products unite them, contractions bind them, divisions go
+below the line. An operator
 without a rule, or whose rule returns None or raises, gives a new leaf: nothing is lost but depth.
 
-A rule gets `V`, the function from tensors to Values, then the (fake) result, then the operator's arguments.
+A rule gets `V`, the function from tensors to Values, then the (fake) result, then the operator's
+arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Lookup(Protocol):
         """The Value of a tensor."""
 
     def cut(self, tensor: torch.Tensor) -> Value:
-        """The tensor told in the leaf that the last graph node before it is; Unruled where there is none."""
+        """The tensor told in the leaf that the last graph node before it is; Unruled where there is
+        none.
+        """
 
 
 Result = Value | Sequence[Value | None] | None

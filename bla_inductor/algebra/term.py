@@ -5,15 +5,15 @@
     guard = z + eps  |  max(z, eps)
     Value = Term with output axes, dtype
 
-A leaf is a tensor of the graph that the algebra does not look into. Terms are immutable; every operation
-returns a new one. Indices inside a guard's own sum are private to it.
+A leaf is a tensor of the graph that the algebra does not look into. Terms are immutable; every
+operation returns a new one. Indices inside a guard's own sum are private to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import sympy
 import torch
@@ -48,7 +48,7 @@ __all__ = [
     "reciprocal",
 ]
 
-Coefficient = float | sympy.Expr
+Coefficient: TypeAlias = float | sympy.Expr
 _MOST_FACTORS = 12
 
 
@@ -126,7 +126,8 @@ Factor = Read | Guard
 class Term:
     """coef · Σ_bound Π factors.
 
-    precision: the narrowest dtype that a sum of it was kept in; depth: how many contractions deep it is.
+    precision: the narrowest dtype that a sum of it was kept in; depth: how many contractions deep
+    it is.
     """
 
     factors: tuple[Factor, ...] = ()
@@ -185,12 +186,12 @@ class Value:
         return Value(self.term.substitute(mapping), substitute_axes(self.axes, mapping), self.dtype)
 
     def fresh(self) -> Value:
-        """The same value in new indices, so that it can be combined with anything, itself included."""
+        """The same value in new indices: it can be combined with anything, itself included."""
         old = {i for axis in self.axes for i in axis} | set(self.term.bound)
         return self.substitute({i: (Index(i.size),) for i in old})
 
     def cast(self, dtype: torch.dtype) -> Value:
-        """To another dtype. A product that is still a plain product remembers that it was narrowed."""
+        """To another dtype. What is still a plain product remembers that it was narrowed."""
         term = self.term
         if not term.bound and dtype.is_floating_point:
             term = replace(term, factors=tuple(_narrow(f, dtype) for f in term.factors))
@@ -245,7 +246,7 @@ def _narrower(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | Non
 
 
 def reciprocal(term: Term) -> Term:
-    """1 / term: a plain product is inverted factor by factor, a sum goes below the line as a whole."""
+    """1 / term: a plain product is inverted factor by factor, a sum goes below the line whole."""
     if term.bound:
         return Term((Guard(_private(term), "add", 0.0, -1),))
     return Term(tuple(replace(f, power=-f.power) for f in term.factors), (), 1 / term.coef)
@@ -257,5 +258,5 @@ def guarded(term: Term, kind: Literal["add", "clamp"], eps: Coefficient) -> Term
 
 
 def _private(term: Term) -> Term:
-    """The same sum over indices that nothing else uses, so that no substitution can capture them."""
+    """The same sum over indices of its own, so that no substitution can capture them."""
     return term.substitute({i: (Index(i.size),) for i in term.bound})

@@ -1,6 +1,8 @@
-"""Linear attention in the ways people write it. Each is our own text of a form found in public code.
+"""Linear attention in the ways people write it. Each is our own text of a form found in public
+code.
 
-A `Spelling` is a function of q, k, v (and what else it needs), the shapes of its arguments, and how many matches
+A `Spelling` is a function of q, k, v (and what else it needs), the shapes of its arguments, and how
+many matches
 are expected. Letters: B batch, H heads, N queries, M keys, D features, E value channels.
 """
 

@@ -230,7 +230,7 @@ def test_one_compilation_for_all_lengths() -> None:
 
 
 def test_sizes_become_symbolic_on_their_own() -> None:
-    """Without dynamic=True the second length makes the size symbolic; the third compiles nothing."""
+    """The second length makes the size symbolic, without dynamic=True; the third is free."""
     graphs = Graphs()
     run = torch.compile(attention, backend=graphs, fullgraph=True)
     for n in (20, 33, 64, 7):
@@ -240,7 +240,7 @@ def test_sizes_become_symbolic_on_their_own() -> None:
 
 
 def test_the_operator_writes_the_layout_that_is_read() -> None:
-    """transpose + reshape after it are views: the graph holds no copy, nor does q's `contiguous`."""
+    """transpose + reshape after it are views: the graph holds no copy, not even `contiguous`."""
 
     def model(q, k, v):
         q = (F.elu(q) + 1).transpose(1, 2).contiguous()

@@ -1,8 +1,9 @@
-"""Every spelling is found, computes what it computed, gradients included, and no look-alike is touched."""
+"""Every spelling is found, computes what it computed, gradients included, and no look-alike is
+touched.
+"""
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from tests.compile.spellings import NEGATIVES, SPELLINGS, Spelling

@@ -1,4 +1,6 @@
-"""Real models, from the packages that ship them: how many attentions are found, and that nothing changes."""
+"""Real models, from the packages that ship them: how many attentions are found, and that nothing
+changes.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ diffusers = pytest.importorskip("diffusers")
 
 @dataclass(frozen=True)
 class Model:
-    """name, how it is made, the inputs of `forward` that carry gradients, the other ones, expected matches."""
+    """name, how it is made, the inputs of `forward` that carry gradients, the other ones, expected
+    matches.
+    """
 
     name: str
     make: Callable[[], nn.Module]

@@ -1,5 +1,7 @@
 """Axes as tuples of indices: refinement, reshaping, sizes that may be symbolic."""
 
+import itertools
+
 import pytest
 import sympy
 from hypothesis import given
@@ -88,7 +90,7 @@ def test_reshape_merges_and_splits_like_row_major_memory(sizes, data) -> None:
     indices = tuple(Index(s) for s in sizes if s > 1)
     axes = tuple((i,) for i in indices)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(indices)), max_size=3)) | {0, len(indices)})
-    groups = [indices[a:b] for a, b in zip(cuts, cuts[1:], strict=False)] or [()]
+    groups = [indices[a:b] for a, b in itertools.pairwise(cuts)] or [()]
     merged, split = reshape_axes(axes, [axis_size(g) for g in groups])
     assert not split
     assert merged == tuple(groups)

@@ -1,4 +1,6 @@
-"""What the observing interpreter says a tensor is. No compilation: graphs come from fx.symbolic_trace."""
+"""What the observing interpreter says a tensor is. No compilation: graphs come from
+fx.symbolic_trace.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +145,7 @@ def test_a_guard_keeps_its_summed_indices_to_itself() -> None:
 def test_projection_is_a_leaf() -> None:
     """x @ A @ B with parameters is a (low-rank) projection, whatever the order."""
     for function in (lambda x, a, b: x @ a @ b, lambda x, a, b: x @ (a @ b)):
-        result, value = seen(function, (N, D), (D, 2), (2, D), fixed=[False, True, True])
+        _, value = seen(function, (N, D), (D, 2), (2, D), fixed=[False, True, True])
         assert len(value.term.factors) == 1
         assert not value.term.bound
 
@@ -170,7 +172,9 @@ def test_narrowing_is_remembered() -> None:
 
 
 def test_precision_is_that_of_the_sums() -> None:
-    _, value = seen(lambda q, k, v: q.float() @ (k.float().mT @ v.float()), Q, Q, Q, dtype=torch.half)
+    _, value = seen(
+        lambda q, k, v: q.float() @ (k.float().mT @ v.float()), Q, Q, Q, dtype=torch.half
+    )
     assert value.term.precision == torch.float32
     _, value = seen(lambda q, k, v: (q @ (k.mT @ v)).float(), Q, Q, Q, dtype=torch.half)
     assert value.term.precision == torch.half
@@ -180,7 +184,7 @@ def test_in_place_operator_on_a_product() -> None:
     def scaled(q, k):
         return (q @ k.mT).mul_(2.0)
 
-    result, value = seen(scaled, Q, Q)
+    _, value = seen(scaled, Q, Q)
     assert value.term.coef == 2.0
 
 
@@ -190,7 +194,7 @@ def test_what_was_overwritten_is_a_new_leaf() -> None:
         q.add_(1.0)
         return scores @ q
 
-    result, value = seen(overwritten, Q, Q)
+    result, _ = seen(overwritten, Q, Q)
     written = next(n for n in result.values if n.name == "q")
     assert result.written(written, after=result.position[written])
 
