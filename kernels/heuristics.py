@@ -32,13 +32,13 @@ def _warps(d: int, v: int, precision: str) -> int:
 
 
 @cache
-def state_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
-    """`state_kernel`: accumulator BLOCK_D × BLOCK_V."""
+def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
+    """`state_kernel`: accumulator BLOCK_D × BLOCK_V; on sm_100 it passes through tensor memory and registers both."""
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
         if d == 256:
-            return Tile(64, d, v, block(DN), 4, 2)
+            return Tile(64, d, min(v, 32) if capability >= 10 else v, block(DN), 8, 2)
         return Tile(64, d, v, block(DN), _warps(d, v, precision), 3)
     v = min(v, 64)
     if precision == "ieee" and max(d, block(DN)) > 64:
@@ -54,7 +54,7 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     if precision == "native":
         v = min(v, 16384 // d)
         return Tile(64, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
-    v = min(v, 64, 8192 // d)
+    v = min(v, 64, (4096 if precision == "split" else 8192) // d)
     rows = 64 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
 
@@ -81,9 +81,9 @@ def key_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
 @cache
 def wide_query_tile(precision: str) -> Tile:
     """`wide_query_kernel`: everything in tiles of 64."""
-    return Tile(
-        64 if precision == "native" else 32, 64, 64, 64, 8 if precision == "ieee" else 4, 2
-    )
+    if precision == "ieee":
+        return Tile(16, 64, 64, 64, 8, 1)
+    return Tile(64 if precision == "native" else 32, 64, 64, 64, 4, 2)
 
 
 @cache

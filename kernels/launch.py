@@ -119,7 +119,7 @@ def _statistics(
     DN = feature.shape[-1]
     state = k.new_empty([*batch, D, DV], dtype=torch.float32)
     key_sum = k.new_empty([*batch, DN] if normalized else [0], dtype=torch.float32)
-    tile = heuristics.state_tile(D, DV, DN, precision)
+    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(k.device))
     operands = Batch(batch, (k, v, feature))
     tiles = -(-DV // tile.BLOCK_V)
     rows, splits = heuristics.divide_rows(M, operands.count * tiles, tile, k.device)

@@ -184,5 +184,5 @@ def _coupling(found: Unsplittable) -> str:
     name = str(factor.leaf) if isinstance(factor, Read) else "a divisor"
     return (
         f"`{name}` weights pairs (indices {' and '.join(found.letters)}) that no one of q, k, v has "
-        "together, like a causal mask or a position bias: it cannot be moved into an operand"
+        "together, like a causal mask or a position bias: no operand can take it in"
     )

@@ -11,8 +11,9 @@ from bla_inductor.algebra.index import (
     product,
     refine,
 )
-from bla_inductor.algebra.observe import Body, Observation, Opaque, observe
-from bla_inductor.algebra.term import Factor, Guard, Leaf, Read, Term, Value
+from bla_inductor.algebra.observation import Body, Observation, Opaque
+from bla_inductor.algebra.observe import observe
+from bla_inductor.algebra.term import Factor, Guard, Leaf, Origin, Read, Term, Value
 
 __all__ = [
     "Axes",
@@ -25,6 +26,7 @@ __all__ = [
     "Leaf",
     "Observation",
     "Opaque",
+    "Origin",
     "Read",
     "Size",
     "Term",

@@ -46,20 +46,20 @@ def _sliced(value: Value, dim: int, start: Size, end: Size, size: Size) -> Value
         return None
     offset: Size = 0
     for part in parts:
-        if equal(offset, start) and equal(part.length, length):
-            return _with_part(value, read, at, part, dim)
+        if equal(offset, start) and equal(part.length, length) and part.value is not None:
+            return _with_part(value, read, at, part.value, dim)
         offset = offset + part.length
     return None
 
 
-def _with_part(value: Value, read: Read, at: int, part: Part, dim: int) -> Value:
+def _with_part(value: Value, read: Read, at: int, part: Value, dim: int) -> Value:
     """`value` with one factor, a read of a joined leaf, narrowed to one of the pieces."""
     rank = len(value.axes)
     others = [j for j in range(len(read.axes)) if j != at]
     rest = tuple(f for f in value.term.factors if f is not read)
     term = replace(value.term, factors=rest)
     whole = Value(term, value.axes + tuple(read.axes[j] for j in others), value.dtype)
-    whole, piece = align(whole, part.value.fresh(), {rank + k: j for k, j in enumerate(others)})
+    whole, piece = align(whole, part.fresh(), {rank + k: j for k, j in enumerate(others)})
     if piece.dtype.itemsize > read.dtype.itemsize:
         piece = piece.cast(read.dtype)
     axes = (*whole.axes[:dim], piece.axes[at], *whole.axes[dim + 1 : rank])
@@ -121,7 +121,8 @@ def _split(V: Lookup, out: Any, x: torch.Tensor, sizes: Any, dim: int = 0) -> Re
 
 
 def _joined(V: Lookup, out: torch.Tensor, dim: int, parts: list[Part]) -> Value:
-    fixed = all(part.value.term.fixed() or not part.value.term.factors for part in parts)
+    terms = [part.value.term for part in parts if part.value is not None]
+    fixed = all(term.fixed() or not term.factors for term in terms)
     shape = tuple(as_size(s) for s in out.shape)
     return leaf_value(Leaf(shape, out.dtype, fixed, "cat", parts=(dim, tuple(parts))))
 
@@ -133,6 +134,21 @@ def _cat(V: Lookup, out: torch.Tensor, tensors: Sequence[torch.Tensor], dim: int
         raise Unruled  # the legacy empty tensor
     parts = [Part(V(t).cast(out.dtype), as_size(t.shape[dim])) for t in tensors]
     return _joined(V, out, dim, parts)
+
+
+@rule(aten.cumsum)
+def _cumsum(V: Lookup, out: torch.Tensor, x: torch.Tensor, dim: int, **_: Any) -> Result:
+    """A running sum is a leaf whose last entry is the sum."""
+    dim, value = dim % x.dim(), V(x)
+    if not out.dtype.is_floating_point:
+        raise Unruled
+    total = value.term.summed(value.axes[dim], out.dtype)
+    axes = (*value.axes[:dim], (), *value.axes[dim + 1 :])
+    last = Part(Value(total, axes, out.dtype), 1)
+    parts = [Part(None, as_size(x.shape[dim]) - 1), last]
+    shape = tuple(as_size(s) for s in out.shape)
+    fixed = value.term.fixed()
+    return leaf_value(Leaf(shape, out.dtype, fixed, "cumsum", parts=(dim, tuple(parts))))
 
 
 @rule(aten.constant_pad_nd)

@@ -2,8 +2,8 @@
 
 A node may be spelled in any way; below autograd it dissolves into a few ATen operators, which the
 rules turn into Values. A Value is told in leaves, and every leaf is the result of a graph node, so
-that a rewrite can
-name it: where a node's inner workings made a leaf of their own, the node's result becomes the leaf.
+that a rewrite can name it: where a node's inner workings made a leaf of their own, the node's
+result becomes the leaf.
 
 Nothing outside is changed: tensors are made anew from the metadata, guards are suppressed, autocast
 and RNG state are put back.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -24,17 +23,13 @@ from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bla_inductor.algebra import joined_rules, layout_rules, product_rules
-from bla_inductor.algebra.index import Inexpressible, Size, as_size, axis_size, equal
-from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
-from bla_inductor.algebra.term import Leaf, Read, Term, Value, leaf_value
+from bla_inductor.algebra.index import as_size
+from bla_inductor.algebra.observation import Body, Observation, Opaque
+from bla_inductor.algebra.observer import Observer
 
-__all__ = ["Body", "Observation", "Opaque", "observe", "undisturbed"]
+__all__ = ["observe", "undisturbed"]
 
-_ = (joined_rules, layout_rules, product_rules)  # imported for the rules they register
-_UNKNOWN = 4096  # what an unbacked size is taken to be where a decision needs a number
 # Higher-order operators whose body is ordinary code of the user's, run once.
 _TRANSPARENT = {
     "tag_activation_checkpoint",
@@ -44,233 +39,9 @@ _TRANSPARENT = {
 }
 
 
-class Opaque(Exception):
-    """The graph cannot be observed; the text says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """The graph inside a higher-order operator; `fixed[i]`: argument i is a parameter or like one."""
-
-    module: fx.GraphModule
-    fixed: tuple[bool, ...]
-
-
-@dataclass(slots=True)
-class Observation:
-    """What was seen: a Value and a fake tensor for every node with a tensor result."""
-
-    values: dict[fx.Node, Value] = field(default_factory=dict)
-    tensors: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
-    position: dict[fx.Node, int] = field(default_factory=dict)
-    bodies: list[Body] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    writes: dict[int, list[int]] = field(default_factory=dict)
-    storage: dict[int, int] = field(default_factory=dict)
-    shape_env: Any = None
-    hints: dict[sympy.Symbol, int] = field(default_factory=dict)
-
-    def hint(self, size: Size) -> int:
-        """A likely number for a size; a large one where nothing is known."""
-        if isinstance(size, int):
-            return size
-        value = size.xreplace({s: sympy.Integer(h) for s, h in self.hints.items()})
-        return int(value) if value.is_number else _UNKNOWN
-
-    def storage_of(self, tensor: torch.Tensor) -> int:
-        key = tensor.untyped_storage()._cdata
-        return self.storage.get(key, key)
-
-    def written(self, node: fx.Node, after: int, before: int | None = None) -> bool:
-        """Whether the memory of `node` is written to after position `after` (and before `before`)."""
-        writes = self.writes.get(self.storage_of(self.tensors[node]), ())
-        return any(after < w and (before is None or w < before) for w in writes)
-
-
-class _Observer(TorchDispatchMode):
-    def __init__(self, seen: Observation) -> None:
-        super().__init__()
-        self.seen = seen
-        self.values: dict[int, Value] = {}
-        self.kept: list[torch.Tensor] = []
-        self.by_storage: dict[int, list[torch.Tensor]] = {}
-        self.leaf_storage: dict[Leaf, int] = {}
-        self.node_of: dict[int, fx.Node] = {}
-        self.cuts: dict[int, Value] = {}
-        self.now = -1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func._schema.is_mutable:
-            self._write(func, args, kwargs, out)
-        else:
-            self._record(func, args, kwargs, out)
-        return out
-
-    def value(self, tensor: torch.Tensor) -> Value:
-        known = self.values.get(id(tensor))
-        return known if known is not None else self.new_leaf(tensor, fixed=False)
-
-    def __call__(self, tensor: torch.Tensor) -> Value:
-        return self.value(tensor)
-
-    def cut(self, tensor: torch.Tensor) -> Value:
-        if id(tensor) not in self.cuts:
-            raise Unruled
-        return self.cuts[id(tensor)]
-
-    def new_leaf(
-        self,
-        tensor: torch.Tensor,
-        *,
-        fixed: bool,
-        operation: str = "input",
-        node: fx.Node | None = None,
-    ) -> Value:
-        shape = tuple(as_size(s) for s in tensor.shape)
-        leaf = Leaf(shape, tensor.dtype, fixed, operation, node, self.now)
-        return self.keep(tensor, leaf_value(leaf))
-
-    def keep(self, tensor: torch.Tensor, value: Value) -> Value:
-        storage = self.seen.storage_of(tensor)
-        if id(tensor) not in self.values:
-            self.kept.append(tensor)
-            self.by_storage.setdefault(storage, []).append(tensor)
-        self.values[id(tensor)] = value
-        for leaf in value.term.leaves():
-            self.leaf_storage.setdefault(leaf, storage)
-        return value
-
-    def _apply(
-        self, packet: Any, out: Any, args: Any, kwargs: Any, lookup: Lookup | None = None
-    ) -> list[Value | None]:
-        """The rule's Values for the outputs, or None for each that must be a leaf."""
-        outs = [out] if isinstance(out, torch.Tensor) else list(out)
-        rule = RULES.get(packet)
-        result: Any = None
-        if rule is not None:
-            try:
-                result = rule(lookup or self, out, *args, **kwargs)
-            except (Inexpressible, Unruled):
-                pass
-            except (
-                Exception
-            ) as e:  # a rule must never cost the user their compile: the result is a leaf
-                self.seen.errors.append(f"{packet}: {type(e).__name__}: {e}")
-        values = result if isinstance(result, Sequence) else [result] * len(outs)
-        return [self._checked(packet, v, t) for v, t in zip(values, outs, strict=True)]
-
-    def _checked(self, packet: Any, value: Value | None, tensor: torch.Tensor) -> Value | None:
-        """A Value whose axes disagree with the tensor's shape would be a wrong rule: do not believe
-        it.
-        """
-        if value is None:
-            return None
-        right = len(value.axes) == tensor.dim() and all(
-            equal(axis_size(a), as_size(s)) for a, s in zip(value.axes, tensor.shape, strict=True)
-        )
-        if not right:
-            self.seen.errors.append(f"{packet}: axes {value.axes} for shape {tuple(tensor.shape)}")
-        return value if right else None
-
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if not outs:
-            return
-        flat = isinstance(out, torch.Tensor | tuple | list)
-        values = self._apply(func.overloadpacket, out, args, kwargs) if flat else [None] * len(outs)
-        fixed = None
-        for tensor, value in zip(outs, values, strict=True):
-            if value is None:
-                fixed = self._fixed(args, kwargs) if fixed is None else fixed
-                self.new_leaf(tensor, fixed=fixed, operation=func.overloadpacket.__name__)
-            else:
-                self.keep(tensor, value)
-        if func.overloadpacket in LAYOUT and id(args[0]) in self.cuts:
-            values = self._apply(func.overloadpacket, out, args, kwargs, _Cut(self))
-            if values[0] is not None:
-                self.cuts[id(out)] = values[0]
-
-    def _fixed(self, args: Any, kwargs: Any) -> bool:
-        terms = [
-            self.value(t).term
-            for t in pytree.tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        ]
-        return all(term.fixed() or not term.factors for term in terms)
-
-    def _write(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """An in-place operator: the tensor written gets a new Value, its aliases become leaves."""
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        targets = [
-            t
-            for a in func._schema.arguments
-            if a.alias_info is not None and a.alias_info.is_write
-            for t in pytree.tree_leaves(named.get(a.name))
-            if isinstance(t, torch.Tensor)
-        ]
-        packet = func.overloadpacket
-        pure = getattr(torch.ops.aten, packet.__name__.rstrip("_"), None)
-        for target in targets:
-            value = None
-            if len(targets) == 1 and out is target and pure is not None:
-                (value,) = self._apply(pure, target, args, kwargs)
-            fixed = self._fixed(args, kwargs)
-            storage = self.seen.storage_of(target)
-            self.cuts = {i: v for i, v in self.cuts.items() if not self._lives_in(v, storage)}
-            self.seen.writes.setdefault(storage, []).append(self.now)
-            if value is not None and self._lives_in(value, storage):
-                value = None
-            for alias in list(self.by_storage.get(storage, [])):
-                if alias is not target:
-                    node = self.node_of.get(id(alias))
-                    self.new_leaf(alias, fixed=fixed, operation="written", node=node)
-            if value is not None:
-                self.keep(target, value)
-            else:
-                self.new_leaf(target, fixed=fixed, operation=packet.__name__)
-
-    def _lives_in(self, value: Value, storage: int) -> bool:
-        return any(self.leaf_storage.get(leaf) == storage for leaf in value.term.leaves())
-
-    def name(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """`node` made `tensor`: from here on leaves that live in it can be read as the node's
-        result.
-        """
-        value = self.value(tensor)
-        unnamed = [leaf for leaf in value.term.leaves() if leaf.node is None]
-        if unnamed:
-            (leaf, *others) = unnamed
-            whole = Read(leaf, value.axes, leaf.dtype)
-            if not others and value == Value(Term((whole,)), value.axes, leaf.dtype):
-                leaf.node, leaf.born = node, self.now
-            else:
-                fixed = value.term.fixed()
-                value = self.new_leaf(tensor, fixed=fixed, operation=node.name, node=node)
-        self.node_of.setdefault(id(tensor), node)
-        value = self.seen.values[node] = self.values[id(tensor)]
-        self.seen.tensors[node] = tensor
-        if value.term.depth > 1:
-            shape = tuple(as_size(s) for s in tensor.shape)
-            leaf = Leaf(shape, tensor.dtype, value.term.fixed(), "chain", node, self.now)
-            self.leaf_storage[leaf] = self.seen.storage_of(tensor)
-            self.cuts[id(tensor)] = leaf_value(leaf)
-
-
-class _Cut:
-    """The tensors of an observer told in the leaves that a longer chain starts from."""
-
-    def __init__(self, observer: _Observer) -> None:
-        self.cut = observer.cut
-
-    def __call__(self, tensor: torch.Tensor) -> Value:
-        return self.cut(tensor)
-
-
 class _Walk(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, observer: _Observer, mode: FakeTensorMode, fixed: Sequence[bool]
+        self, gm: fx.GraphModule, observer: Observer, mode: FakeTensorMode, fixed: Sequence[bool]
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.observer, self.mode, self.fixed = observer, mode, iter(fixed)
@@ -407,7 +178,7 @@ def observe(gm: fx.GraphModule, inputs: Sequence[Any], fixed: Sequence[bool]) ->
     if mode is None:
         mode = FakeTensorMode(shape_env=modes[0].shape_env if modes else None)
     seen = Observation(shape_env=mode.shape_env)
-    observer = _Observer(seen)
+    observer = Observer(seen)
     with undisturbed(mode.shape_env), mode, enable_python_dispatcher(), observer:
         _Walk(gm, observer, mode, fixed).run(*inputs, enable_io_processing=False)
     return seen

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from bla_inductor.algebra.registry import Lookup, Result, Unruled, number, rule, scalar
+from bla_inductor.algebra.signs import nonnegative
 from bla_inductor.algebra.term import Term, Value, align, constant, guarded, multiply, reciprocal
 
 __all__: list[str] = []
@@ -251,3 +252,28 @@ def _maximum(V: Lookup, out: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> 
         if eps is not None and one.dim() == out.dim():
             return _clamp(V, out, one, eps)
     return None
+
+
+# Sums in other words.
+
+
+@rule(aten.abs)
+def _abs(V: Lookup, out: torch.Tensor, x: torch.Tensor) -> Result:
+    value = V(x)
+    return value if value.term.bound and nonnegative(value.term) else None
+
+
+@rule(aten.linalg_vector_norm)
+def _vector_norm(
+    V: Lookup,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    order: Any = 2,
+    dims: Any = None,
+    keepdim: bool = False,
+    **_: Any,
+) -> Result:
+    """The L1 norm of what is not negative is its sum."""
+    if number(order) != 1 or not nonnegative(V(x).term):
+        return None
+    return _reduced(V, out, x, dims, keepdim, mean=False)

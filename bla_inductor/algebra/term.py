@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import sympy
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "Factor",
     "Guard",
     "Leaf",
+    "Origin",
     "Part",
     "Read",
     "Term",
@@ -54,10 +55,23 @@ _MOST_FACTORS = 12
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of a concatenated leaf: `length` entries along the leaf's axis, equal to `value`."""
+    """A piece of a joined leaf: `length` entries along its axis, equal to `value` where told."""
 
-    value: Value
+    value: Value | None
     length: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a leaf was made: an operator and its arguments, tensors told as Values.
+
+    Without an operator, the leaf is the Value args[0], which is told in things inside one graph
+    node, so that nothing outside can name them.
+    """
+
+    operator: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +81,7 @@ class Leaf:
     node: the graph node whose result it is, None while it lives inside one node only.
     fixed: it depends on parameters, buffers and constants alone.
     parts: for a padded or concatenated tensor, the axis and its pieces.
+    origin: how it was made, where one operator made it.
     """
 
     shape: tuple[Size, ...]
@@ -76,6 +91,7 @@ class Leaf:
     node: fx.Node | None = None
     born: int = -1
     parts: tuple[int, tuple[Part, ...]] | None = None
+    origin: Origin | None = None
 
     def __repr__(self) -> str:
         return self.node.name if self.node is not None else f"<{self.operation}>"

@@ -27,7 +27,9 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, kwargs = args
-        with torch._C._AutoDispatchBelowAutograd():
+        # `Function` turned grad mode off; an outer transform of functorch differentiates this call again.
+        nested = torch._C._are_functorch_transforms_active()
+        with torch.set_grad_enabled(nested), torch._C._AutoDispatchBelowAutograd():
             out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
         ctx.save_for_backward(*tensors, state, key_sum)
         ctx.mark_non_differentiable(state, key_sum)

@@ -130,7 +130,7 @@ def test_a_function_compiled_with_a_graph_break(x):
 
 
 def test_nested_graphs_are_copied():
-    child = fx.symbolic_trace(torch.sin)
+    child = fx.symbolic_trace(lambda x: torch.sin(x))
     parent = fx.GraphModule({"child": child}, fx.Graph())
     out = parent.graph.call_module("child", (parent.graph.placeholder("x"),))
     parent.graph.output(out)

@@ -102,7 +102,7 @@ def test_only_the_gradients_that_are_needed(needs, d):
     for i, (leaf, name) in enumerate(zip(leaves, ("dq", "dk", "dv", "dq_norm", "dk_norm"), strict=True)):
         assert (leaf.grad is not None) == (i in needs)
         if leaf.grad is not None:
-            assert torch.equal(leaf.grad, full[name])
+            torch.testing.assert_close(leaf.grad, full[name], rtol=4e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("d", [32, 160])

@@ -1,8 +1,9 @@
 """The formula of `bla::linear_attention` written out, as a user would write it, and error measures against it.
 
-`plain` is the naive graph in whatever dtype its inputs have; on fp64 inputs it is the oracle. `budget` is
-the error that the operator may have: a factor of 1.1 times that of the naive graph in the same dtype, or of the exact
-result rounded once, whichever is larger.
+`plain` is the naive graph in whatever dtype its inputs have; on fp64 inputs it is the oracle. The operator may
+have the error of the naive graph in the same dtype, or of the exact result rounded once, whichever is larger, times
+FACTOR. In fp32 both are sums of the same terms rounded at every step, and the order of summation alone moves either
+by tens of percent; a 16-bit result is rounded once, after sums that are exact in comparison.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 import bla_inductor.ops  # noqa: F401  (registers the operator)
 
 NAMES = ("dq", "dk", "dv", "dq_norm", "dk_norm")
-FACTOR = 1.1
+FACTOR = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 1.5}
 
 
 def plain(
@@ -80,7 +81,7 @@ def assert_within_budget(tensors: Sequence[Tensor | None], do: Tensor, **kwargs:
         assert ours[name].dtype == naive[name].dtype, name
         error = relative_error(ours[name], exact)
         rounded = relative_error(exact.to(naive[name].dtype), exact)
-        budget = FACTOR * max(relative_error(naive[name], exact), rounded)
+        budget = FACTOR[ours[name].dtype] * max(relative_error(naive[name], exact), rounded)
         assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}"
 
 

@@ -142,6 +142,35 @@ def test_a_guard_keeps_its_summed_indices_to_itself() -> None:
     assert not set(guard.term.bound) & {*value.term.bound, *(i for a in value.axes for i in a)}
 
 
+@pytest.mark.parametrize(
+    ("phi", "is_sum"),
+    [
+        (F.relu, True),
+        (lambda x: F.elu(x) + 1, True),
+        (lambda x: F.elu(x) + 0.5, False),
+        (lambda x: x.exp() * 2, True),
+        (lambda x: -x.exp(), False),
+        (lambda x: x**2, True),
+        (lambda x: x**3, False),
+        (torch.tanh, False),
+        (lambda x: x.softmax(-1), True),
+        (lambda x: x.clamp(min=0.1), True),
+        (lambda x: x.clamp(max=0.1), False),
+    ],
+)
+def test_the_l1_norm_of_what_is_not_negative_is_a_sum(phi, is_sum) -> None:
+    _, value = seen(lambda q, k: F.normalize(phi(q) @ k.exp().mT, p=1, dim=-1), Q, Q)
+    guards = [f for f in value.term.factors if isinstance(f, Guard)]
+    assert len(guards) == is_sum
+
+
+def test_the_last_entry_of_a_running_sum_is_the_sum() -> None:
+    _, value = seen(lambda k: k.cumsum(-2)[:, :, -1], Q)
+    assert [i.size for i in value.term.bound] == [N]
+    _, value = seen(lambda k: k.cumsum(-2)[:, :, -2], Q)
+    assert not value.term.bound
+
+
 def test_projection_is_a_leaf() -> None:
     """x @ A @ B with parameters is a (low-rank) projection, whatever the order."""
     for function in (lambda x, a, b: x @ a @ b, lambda x, a, b: x @ (a @ b)):

@@ -1,0 +1,60 @@
+"""What was seen of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from bla_inductor.algebra.index import Size
+from bla_inductor.algebra.term import Value
+
+__all__ = ["Body", "Observation", "Opaque"]
+
+_UNKNOWN = 4096  # what an unbacked size is taken to be where a decision needs a number
+
+
+class Opaque(Exception):
+    """The graph cannot be observed; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """The graph inside a higher-order operator; fixed[i]: argument i is a parameter or the like."""
+
+    module: fx.GraphModule
+    fixed: tuple[bool, ...]
+
+
+@dataclass(slots=True)
+class Observation:
+    """What was seen: a Value and a fake tensor for every node with a tensor result."""
+
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    tensors: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    position: dict[fx.Node, int] = field(default_factory=dict)
+    bodies: list[Body] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    writes: dict[int, list[int]] = field(default_factory=dict)
+    storage: dict[int, int] = field(default_factory=dict)
+    shape_env: Any = None
+    hints: dict[sympy.Symbol, int] = field(default_factory=dict)
+
+    def hint(self, size: Size) -> int:
+        """A likely number for a size; a large one where nothing is known."""
+        if isinstance(size, int):
+            return size
+        value = size.xreplace({s: sympy.Integer(h) for s, h in self.hints.items()})
+        return int(value) if value.is_number else _UNKNOWN
+
+    def storage_of(self, tensor: torch.Tensor) -> int:
+        key = tensor.untyped_storage()._cdata
+        return self.storage.get(key, key)
+
+    def written(self, node: fx.Node, after: int, before: int | None = None) -> bool:
+        """Whether the memory of `node` is written after position `after` (and before `before`)."""
+        writes = self.writes.get(self.storage_of(self.tensors[node]), ())
+        return any(after < w and (before is None or w < before) for w in writes)

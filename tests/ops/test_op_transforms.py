@@ -1,0 +1,153 @@
+"""opcheck, first and second derivatives, vmap, autocast, compilation, FLOP counting, and a cold import."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_attention_formula import operator, plain, results
+from torch.func import grad, jacrev, vmap
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+f64 = torch.float64
+
+
+def _tensors(decoupled, dtype=f64):
+    shapes = [(2, 3, 5, 4), (2, 1, 6, 4), (2, 1, 6, 3)] + [(1, 3, 5, 2), (2, 3, 6, 2)] * decoupled
+    return tuple(torch.rand(s, dtype=dtype).add(0.1).requires_grad_() for s in shapes)
+
+
+CASES = [("none", False), ("add", False), ("add", True), ("clamp", False), ("clamp", True)]
+
+
+@pytest.mark.parametrize(("normalizer", "decoupled"), CASES)
+def test_opcheck(normalizer, decoupled):
+    arguments = {"normalizer": normalizer, "scale": 0.7, "norm_scale": 0.3, "eps": 0.5}
+    tensors = _tensors(decoupled)
+    opcheck(operator_packet(), tensors, {**arguments, "out_order": [0, 2, 1, 3]})
+    opcheck(torch.ops.bla.linear_attention_forward.default, tensors, arguments)
+    with torch.no_grad():
+        out, state, key_sum = torch.ops.bla.linear_attention_forward(*tensors, **arguments)
+    q, k, v, q_norm, k_norm = (t.detach() for t in (*tensors, *tensors[:2])[:5])
+    norms = (q_norm, k_norm) if decoupled else (None, None)
+    opcheck(
+        torch.ops.bla.linear_attention_backward.default,
+        (torch.ones_like(out), q, k, v, *norms, state, key_sum),
+        {**arguments, "needs": [True] * 5, "orders": [0, 2, 1, 3] * 5},
+    )
+
+
+def operator_packet():
+    return torch.ops.bla.linear_attention.default
+
+
+@pytest.mark.parametrize(("normalizer", "decoupled"), CASES)
+def test_first_and_second_derivatives(normalizer, decoupled):
+    def f(*tensors):
+        return operator(*tensors, normalizer=normalizer, scale=0.7, norm_scale=0.3, eps=0.5)
+
+    assert torch.autograd.gradcheck(f, _tensors(decoupled))
+    assert torch.autograd.gradgradcheck(f, _tensors(decoupled))
+
+
+def _loss(function):
+    return lambda q, k, v: function(q, k, v, normalizer="add", eps=0.5).square().sum()
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (0, None, None), (None, 1, 2), (None, None, 0)])
+def test_vmap_of_value_and_gradient(in_dims):
+    base = [torch.rand(s, dtype=f64) for s in ((3, 5, 4), (3, 6, 4), (3, 6, 2))]
+    tensors = [t[0] if d is None else t.movedim(0, d) for t, d in zip(base, in_dims, strict=True)]
+    for transform in (lambda f: f, lambda f: grad(f, argnums=(0, 1, 2))):
+        ours = vmap(transform(_loss(operator)), in_dims)(*tensors)
+        exact = vmap(transform(_loss(plain)), in_dims)(*tensors)
+        torch.testing.assert_close(ours, exact)
+
+
+def test_gradient_of_vmap_and_nested_transforms():
+    q, k, v = (torch.rand(3, 5, 4, dtype=f64) for _ in range(3))
+    for transform in (
+        lambda f: grad(lambda k: vmap(f, (0, 0, 0))(q, k, v).sum()),
+        lambda f: grad(lambda k: grad(f)(q, k, v).square().sum()),
+        lambda f: lambda k: jacrev(grad(f, argnums=1), argnums=1)(q, k, v),
+    ):
+        torch.testing.assert_close(transform(_loss(operator))(k), transform(_loss(plain))(k))
+
+
+def test_vmap_moves_the_out_order_along():
+    q, k, v = (torch.rand(2, 3, 5, 4) for _ in range(3))
+    out = vmap(lambda q, k, v: operator(q, k, v, out_order=[1, 0, 2]))(q, k, v)
+    torch.testing.assert_close(out, plain(q, k, v))
+    assert out.permute(0, 2, 1, 3).is_contiguous()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_does_not_change_the_operator(compiled):
+    q, k, v = (torch.rand(2, 40, 16) for _ in range(3))
+    do = torch.randn(2, 40, 16)
+
+    def f(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return operator(q, k, v, normalizer="add", eps=0.5)
+
+    expected = results(operator, (q, k, v), do, normalizer="add", eps=0.5)
+    run = torch.compile(f, backend="aot_eager", fullgraph=True) if compiled else f
+    actual = results(run, (q, k, v), do)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = results(f, (q, k, v), do)
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+        assert torch.equal(inside[name], value), name
+
+
+def test_second_derivative_under_autocast():
+    def second(function, autocast):
+        leaf = torch.linspace(0.1, 1, 20).reshape(1, 5, 4).requires_grad_()
+        out = function(leaf, leaf, leaf, normalizer="add", eps=0.5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            (g,) = torch.autograd.grad(out, leaf, torch.ones_like(out), create_graph=True)
+        return torch.autograd.grad(g.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(second(operator, True), second(plain, False), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_with_aot_autograd(dynamic):
+    def f(q, k, v):
+        n = q.shape[-2]
+        out = operator(q * 2, k, v, normalizer="add", scale=n**-0.5, eps=0.5, out_order=[0, 2, 1, 3])
+        return out.transpose(1, 2).flatten(2)
+
+    run = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for n in (5, 9):
+        tensors = [torch.rand(2, n, 3, 4, dtype=f64).transpose(1, 2) for _ in range(3)]
+        do = torch.randn(2, n, 12, dtype=f64)
+        ours, exact = results(run, tensors, do), results(f, tensors, do)
+        for name in exact:
+            torch.testing.assert_close(ours[name], exact[name], msg=name)
+
+
+def test_flops():
+    q, k, v = torch.rand(2, 3, 10, 4), torch.rand(2, 1, 20, 4), torch.rand(2, 1, 20, 6)
+    with FlopCounterMode(display=False) as counter:
+        operator(q, k, v)
+    assert counter.get_total_flops() == 2 * 4 * 6 * (6 * 10 + 2 * 20)
+    with FlopCounterMode(display=False) as counter:
+        operator(q, k, v, normalizer="add")
+    assert counter.get_total_flops() == 2 * 4 * 6 * (6 * 10 + 2 * 20) + 2 * 60 * 4
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    with FlopCounterMode(display=False) as counter:
+        operator(*leaves).sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * 6 * (3 * 6 * 10 + 3 * 2 * 20)
+
+
+def test_cold_import_needs_no_triton(run_python):
+    run_python("""
+        import sys
+        sys.modules["triton"] = None  # importing it fails
+        import torch, bla_inductor.ops
+        x = torch.rand(1, 5, 4, requires_grad=True)
+        torch.ops.bla.linear_attention(x, x, x, normalizer="add").sum().backward()
+        assert x.grad.isfinite().all()
+        assert not any(name.startswith("triton.") for name in sys.modules)
+    """)
