@@ -52,8 +52,8 @@ class Match:
 
     family: the pattern's name; formula: what it computes, in index notation; sizes: `B=2 H=8 N=1024
     …`;
-    dtype: of the operands and of the result; reason: why the rewrite pays; node: the graph node
-    replaced.
+    feature_maps: what q and k are of the tensors before them; dtype: of the operands and of the
+    result; reason: why the rewrite pays; node: the graph node replaced.
     """
 
     family: str
@@ -63,12 +63,15 @@ class Match:
     location: Location
     reason: str = ""
     node: str = ""
+    feature_maps: str = ""
 
     def __str__(self) -> str:
         lines = [f"matched  {self.location}  {self.family}"]
         if self.location.code:
             lines.append(f"    code     {self.location.code}")
         lines.append(f"    formula  {self.formula}")
+        if self.feature_maps:
+            lines.append(f"    φ        {self.feature_maps}")
         lines.append(f"    sizes    {self.sizes}  {self.dtype}")
         if self.reason:
             lines.append(f"    why      {self.reason}")

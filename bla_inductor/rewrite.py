@@ -28,7 +28,7 @@ from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY, LinearAttention, Mismatch, match
 from bla_inductor.plan import Plan
 from bla_inductor.report import Match, Refusal, Report, locate
-from bla_inductor.wording import dtypes, formula, sizes
+from bla_inductor.wording import dtypes, feature_maps, formula, sizes
 
 __all__ = ["rewrite"]
 
@@ -176,6 +176,7 @@ def _apply(
                 locate(plan.root),
                 decide(plan.problem(seen)).reason,
                 plan.root.name,
+                feature_maps(plan),
             )
         )
     # All at the end: the leaf of one attention may be the root of another.

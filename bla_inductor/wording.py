@@ -7,9 +7,10 @@ from typing import Any
 import sympy
 
 from bla_inductor.algebra import Observation, product
+from bla_inductor.patterns.feature_maps import capture
 from bla_inductor.plan import Operand, Plan
 
-__all__ = ["dtypes", "formula", "sizes"]
+__all__ = ["dtypes", "feature_maps", "formula", "sizes"]
 
 _BATCH = "bhgijkl"
 
@@ -44,6 +45,17 @@ def formula(plan: Plan) -> str:
         f"{n.replace('_norm', chr(39))} = {_source(o)}" for n, o in plan.distinct().items()
     )
     return f"{text}   with {names}"
+
+
+def feature_maps(plan: Plan) -> str:
+    """`q = φ(to_q), φ(x) = …`: the tensors that q and k come from, and the function between."""
+    told = []
+    for name in ("q", "k"):
+        operand = plan.operands[name]
+        found = capture(operand.factors, operand.columns)
+        if found is not None and not found.identity and found.leaf.node is not None:
+            told.append(f"{name} = φ({found.leaf.node.name}), φ(x) = {found}")
+    return "; ".join(told)
 
 
 def sizes(plan: Plan, seen: Observation) -> str:

@@ -56,7 +56,8 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
         return Tile(64, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
     v = min(v, 64, (4096 if precision == "split" else 8192) // d)
     rows = 64 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
-    return Tile(rows, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
+    warps = 8 if precision == "split" and d >= 128 else _warps(d, v, precision)
+    return Tile(rows, d, v, block(DN), warps, 1 if d == 256 else 2)
 
 
 @cache

@@ -183,6 +183,6 @@ def _coupling(found: Unsplittable) -> str:
     factor = found.factor
     name = str(factor.leaf) if isinstance(factor, Read) else "a divisor"
     return (
-        f"`{name}` weights pairs (indices {' and '.join(found.letters)}) that no one of q, k, v has "
+        f"`{name}` couples the indices {' and '.join(found.letters)}, which no one of q, k, v has "
         "together, like a causal mask or a position bias: no operand can take it in"
     )

@@ -131,10 +131,9 @@ def test_a_function_compiled_with_a_graph_break(x):
 
 def test_nested_graphs_are_copied():
     child = fx.symbolic_trace(lambda x: torch.sin(x))
-    parent = fx.GraphModule({"child": child}, fx.Graph())
-    out = parent.graph.call_module("child", (parent.graph.placeholder("x"),))
-    parent.graph.output(out)
-    parent.recompile()
+    graph = fx.Graph()
+    graph.output(graph.call_module("child", (graph.placeholder("x"),)))
+    parent = fx.GraphModule({"child": child}, graph)
     twin = explainer.copy_graphs(parent)
     (sine,) = child.graph.find_nodes(op="call_function", target=torch.sin)
     sine.target = torch.cos
