@@ -23,6 +23,7 @@ from bla_inductor.algebra import Observation, Opaque, observe
 from bla_inductor.algebra.observe import undisturbed
 from bla_inductor.cost import decide
 from bla_inductor.emit import Emitter, Unemittable
+from bla_inductor.nearest import nearest
 from bla_inductor.operands import Catalogue
 from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY, LinearAttention, Mismatch, match
@@ -61,6 +62,8 @@ def _rewrite(
         log.debug("a rule of the algebra failed, its result stays a leaf: %s", error)
     with undisturbed(seen.shape_env):
         plans, needed = _select(gm, seen, options, report)
+        if not plans and not report.refusals:
+            report.refusals += nearest(gm, seen)
         if options.rewrite != "off":
             _apply(gm, seen, plans, needed, report)
     report.seconds = time.perf_counter() - start

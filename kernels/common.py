@@ -50,22 +50,16 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_product(a, b, zeros):
-    """a·b to fp32 accuracy as (high, low), for a in 16 bit and b in fp32 as three bf16 parts, 24 bits in all.
+    """a·b to fp32 accuracy as (high, low), for a in bf16 and b in fp32 as three bf16 parts, 24 bits in all.
 
-    Tensor cores cut off what does not fit beside the largest summand. Products of `a` with the high part leave room for
-    their sum, which is therefore nearly exact if nothing else shares its accumulator; the rest is 2^-8 of it.
+    Tensor cores cut off what does not fit beside the largest summand. Products of `a` with the high part have 16 bits,
+    which leaves room for their sum: it is nearly exact if nothing else shares its accumulator. The rest is 2^-8 of it.
     """
     high = b.to(tl.bfloat16)
     rest = b - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
     low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-    if a.dtype == tl.bfloat16:
-        return tl.dot(a, high, zeros), tl.dot(a, middle, tl.dot(a, low, zeros))
-    else:
-        a = a.to(tl.float32)
-        rest = tl.dot(a, low.to(tl.float32), zeros, input_precision="tf32")
-        rest = tl.dot(a, middle.to(tl.float32), rest, input_precision="tf32")
-        return tl.dot(a, high.to(tl.float32), zeros, input_precision="tf32"), rest
+    return tl.dot(a, high, zeros), tl.dot(a, middle, tl.dot(a, low, zeros))
 
 
 @triton.jit

@@ -93,7 +93,7 @@ def wide_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> 
 
     128 × 128 needs more than the 99 KiB of shared memory of sm_86 and sm_89; the CUDA cores read from registers.
     """
-    limit = 1024 if precision == "ieee" else 8192 if capability < 9 else 16384
+    limit = 4096 if precision == "ieee" else 8192 if capability < 9 else 16384
     return max(D, DV, DN) > 128 or block(D) * block(DV) > limit
 
 

@@ -234,10 +234,9 @@ def forward(
     normalized = normalizer != "none"
     decoupled = q_norm is not None or k_norm is not None
     with _on(q.device):
-        exact = out.dtype == torch.float32 != k.dtype
-        state, key_sum = _statistics(
-            k, v, k_norm, batch, normalized, state_precision(k.dtype), exact=exact
-        )
+        precision = state_precision(k.dtype, out.dtype)
+        exact = precision == "native" and out.dtype == torch.float32
+        state, key_sum = _statistics(k, v, k_norm, batch, normalized, precision, exact=exact)
         _apply_state(
             out,
             q,

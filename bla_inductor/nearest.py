@@ -1,0 +1,95 @@
+"""With nothing matched: what came nearest, and where it stopped.
+
+Two matrix products in a row with something between them that cannot be moved (a softmax, a dropout,
+a tanh on the state) are what people take for linear attention when they ask why nothing was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from bla_inductor.algebra import Leaf, Observation, Read, Value
+from bla_inductor.patterns import FAMILY
+from bla_inductor.report import Refusal, locate
+
+__all__ = ["nearest"]
+
+aten = torch.ops.aten
+_MOST_STEPS = 6
+_SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
+_RANDOM = {aten.native_dropout, aten.bernoulli, aten.rand_like}
+
+
+def nearest(gm: fx.GraphModule, seen: Observation) -> list[Refusal]:
+    """One refusal for each line where two products would have made linear attention but for a step."""
+    found: dict[tuple[str, str], Refusal] = {}
+    for node in gm.graph.nodes:
+        reason = _attention_call(node) or _between(seen.values.get(node))
+        if reason is not None:
+            refusal = Refusal(FAMILY, reason, locate(node), node.name)
+            found.setdefault((str(refusal.location), reason), refusal)
+    return list(found.values())
+
+
+def _attention_call(node: fx.Node) -> str | None:
+    if node.target is torch.nn.functional.scaled_dot_product_attention:
+        return (
+            "scaled_dot_product_attention is softmax attention: exp(q·k) couples every query with "
+            "every key, so there is no state to form first. Its own kernels are left to do it"
+        )
+    return None
+
+
+def _between(value: Value | None) -> str | None:
+    """The step between two products, where `value` is the second."""
+    if value is None or value.term.depth != 1 or len(value.term.factors) < 2:
+        return None
+    for read in value.term.factors:
+        if isinstance(read, Read) and read.indices() & set(value.term.bound):
+            for leaf in _below(read.leaf):
+                if leaf.origin is not None and any(map(_is_product, leaf.origin.args)):
+                    return _reason(leaf)
+    return None
+
+
+def _below(leaf: Leaf) -> Iterator[Leaf]:
+    """`leaf` and what it was made from, one operator after the other."""
+    pending, steps = [leaf], 0
+    while pending and steps < _MOST_STEPS:
+        leaf = pending.pop(0)
+        steps += 1
+        yield leaf
+        if leaf.origin is not None:
+            values = [a for a in leaf.origin.args if isinstance(a, Value)]
+            pending += [below for v in values if not _is_product(v) for below in v.term.leaves()]
+
+
+def _is_product(argument: object) -> bool:
+    """A contraction of two tensors that depend on the input."""
+    if not isinstance(argument, Value) or argument.term.depth < 1:
+        return False
+    reads = [f for f in argument.term.factors if isinstance(f, Read) and not f.leaf.fixed]
+    return len(reads) > 1
+
+
+def _reason(leaf: Leaf) -> str:
+    assert leaf.origin is not None
+    operator = leaf.origin.operator
+    name = leaf.operation
+    if operator in _SOFTMAX:
+        return (
+            "a softmax stands between the two products: softmax attention (or, over channels, "
+            "cross-covariance attention) has no linear form"
+        )
+    if operator in _RANDOM:
+        return (
+            "a dropout stands between the two products, and every entry it drops is random; "
+            "put it on the output, or call model.eval()"
+        )
+    return (
+        f"`{name}` stands between the two products, so that they cannot be reordered; "
+        "apply it to q, k or v, or to the result, if that is what is meant"
+    )
