@@ -24,7 +24,7 @@ _RANDOM = {aten.native_dropout, aten.bernoulli, aten.rand_like}
 
 
 def nearest(gm: fx.GraphModule, seen: Observation) -> list[Refusal]:
-    """One refusal for each line where two products would have made linear attention but for a step."""
+    """One refusal for each line where a step between two products is all that is in the way."""
     found: dict[tuple[str, str], Refusal] = {}
     for node in gm.graph.nodes:
         reason = _attention_call(node) or _between(seen.values.get(node))

@@ -21,6 +21,7 @@ from bla_inductor.cost import Problem
 from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Source
 from bla_inductor.patterns import LinearAttention
+from bla_inductor.report import Location
 
 __all__ = ["Plan"]
 
@@ -84,10 +85,16 @@ class Plan:
     out_order: tuple[int, ...] | None
     dtype: torch.dtype
     exact: bool  # somebody may notice the strides of the result
+    location: Location  # the user's line
 
     @classmethod
     def make(
-        cls, root: fx.Node, found: LinearAttention, seen: Observation, catalogue: Catalogue
+        cls,
+        root: fx.Node,
+        found: LinearAttention,
+        seen: Observation,
+        catalogue: Catalogue,
+        location: Location,
     ) -> Plan:
         def operand(factors: tuple[Factor, ...], rows: Axis, columns: Axis) -> Operand:
             made = Operand(factors, catalogue.find(factors, root), rows, columns)
@@ -131,6 +138,7 @@ class Plan:
             tuple(order) if dense and order != sorted(order) else None,
             tensor.dtype,
             exact,
+            location,
         )
         plan._check(seen)
         return plan

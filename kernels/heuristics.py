@@ -64,6 +64,9 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
 def query_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
     """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both BLOCK_D × BLOCK_V."""
     d, v = block(D), block(DV)
+    if precision == "ieee":
+        rows, warps = (16, 8) if d * v <= 1024 else (32, 16)
+        return Tile(rows, d, v, block(DN), warps, 1)
     rows = 64 if precision == "native" else 32
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), 2)
 

@@ -1,0 +1,155 @@
+"""Which nodes of an observed graph to replace.
+
+Walking back from the output, the richest node is met first: the division before the numerator it
+divides, and the transpose and reshape that follow before both, so that the operator writes the
+layout that the reader reads. What only a replaced node needed is not visited.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from bla_inductor.algebra import Observation
+from bla_inductor.cost import decide
+from bla_inductor.emit import Unemittable
+from bla_inductor.operands import Catalogue
+from bla_inductor.options import Options
+from bla_inductor.patterns import FAMILY, LinearAttention, Mismatch, match
+from bla_inductor.plan import Plan
+from bla_inductor.report import Refusal, locate
+
+__all__ = ["Selection", "has_effect", "select"]
+
+
+@dataclass(slots=True)
+class Selection:
+    """plans, in the order of the graph; refusals; the nodes that are needed if all plans work."""
+
+    plans: list[Plan] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    needed: set[fx.Node] = field(default_factory=set)
+
+
+def select(gm: fx.GraphModule, seen: Observation, options: Options) -> Selection:
+    """The places to rewrite. Nothing is changed."""
+    return _Selector(gm, seen, options).run()
+
+
+def has_effect(node: fx.Node, seen: Observation, needed: set[fx.Node]) -> bool:
+    """Whether `node` matters although nothing that matters uses its result.
+
+    An in-place operator matters when somebody reads that memory afterwards, or when it is an
+    input's.
+    """
+    storages = {s for s, at in seen.writes.items() if seen.position.get(node) in at}
+    if not storages:
+        return not node.users
+    return any(
+        (other in needed or other.op in ("placeholder", "get_attr"))
+        and seen.storage_of(tensor) in storages
+        for other, tensor in seen.tensors.items()
+    )
+
+
+class _Selector:
+    def __init__(self, gm: fx.GraphModule, seen: Observation, options: Options) -> None:
+        self.gm, self.seen, self.options = gm, seen, options
+        self.catalogue = Catalogue(seen)
+        self.found: dict[fx.Node, LinearAttention | Mismatch | None] = {}
+
+    def run(self) -> Selection:
+        result = Selection()
+        needed = result.needed
+        refused: dict[tuple[str, frozenset[int]], Refusal] = {}
+        chosen: set[frozenset[int]] = set()
+        for node in reversed(self.gm.graph.nodes):
+            idle = node.op != "output" and node not in needed
+            if idle and not has_effect(node, self.seen, needed):
+                continue
+            attention = self.matched(node)
+            if isinstance(attention, LinearAttention) and not self.better_inside(node, attention):
+                plan = self.plan(node, attention)
+                if isinstance(plan, Plan):
+                    result.plans.append(plan)
+                    chosen.add(_leaves(attention))
+                    needed.update(n for o in plan.operands.values() for n, _ in o.nodes)
+                    outer = (leaf for f in attention.outer for leaf in f.leaves())
+                    needed.update(leaf.node for leaf in outer if leaf.node is not None)
+                    continue
+                refused[plan.reason, _leaves(attention)] = plan
+            elif isinstance(attention, Mismatch):
+                refusal = Refusal(FAMILY, attention.reason, locate(node), node.name)
+                refused[attention.reason, frozenset()] = refusal
+            needed.update(node.all_input_nodes)
+        # A root that did not work is no news where a smaller one of the same attention did.
+        told = [r for (_, leaves), r in refused.items() if leaves not in chosen]
+        result.refusals = told[::-1]
+        result.plans.reverse()
+        return result
+
+    def matched(self, node: fx.Node) -> LinearAttention | Mismatch | None:
+        if node not in self.found:
+            value = self.seen.values.get(node)
+            self.found[node] = None
+            if value is not None and len(value.term.bound) > 1 and node.op != "placeholder":
+                self.found[node] = match(
+                    value,
+                    lambda factors: self.catalogue.find(factors, node) is not None,
+                    self.seen.hint,
+                )
+        return self.found[node]
+
+    def better_inside(self, node: fx.Node, attention: LinearAttention) -> bool:
+        """Whether an input of `node` is as rich a match and a better root.
+
+        Better, because what `node` adds is not the operator's business: a gate, or a cast to a
+        wider dtype.
+        """
+        for source in node.all_input_nodes:
+            other = self.matched(source)
+            if not isinstance(other, LinearAttention) or not _as_rich(other, attention):
+                continue
+            mine, its = self.seen.values[node], self.seen.values[source]
+            widened = mine.dtype.itemsize > its.dtype.itemsize and mine.term is its.term
+            if attention.outer or widened:
+                return True
+        return False
+
+    def statement(self, node: fx.Node, attention: LinearAttention) -> fx.Node:
+        """The node that completes the arithmetic; `node` may be a reshape lines below it."""
+        for source in node.all_input_nodes:
+            other = self.matched(source)
+            if isinstance(other, LinearAttention) and _as_rich(other, attention):
+                return self.statement(source, other)
+        return node
+
+    def plan(self, node: fx.Node, attention: LinearAttention) -> Plan | Refusal:
+        location = locate(self.statement(node, attention))
+        try:
+            plan = Plan.make(node, attention, self.seen, self.catalogue, location)
+        except Unemittable as reason:
+            return Refusal(FAMILY, str(reason), location, node.name)
+        decision = decide(plan.problem(self.seen))
+        if not decision.pays and self.options.rewrite != "always":
+            return Refusal(FAMILY, decision.reason, location, node.name)
+        if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):
+            why = "it is a view of a tensor that is modified in place later"
+            return Refusal(FAMILY, why, location, node.name)
+        return plan
+
+    def _owns_memory(self, node: fx.Node) -> bool:
+        storage = self.seen.storage_of(self.seen.tensors[node])
+        tensors = self.seen.tensors.items()
+        return next(n for n, t in tensors if self.seen.storage_of(t) == storage) is node
+
+
+def _as_rich(a: LinearAttention, b: LinearAttention) -> bool:
+    return (a.normaliser is None) == (b.normaliser is None) and _leaves(a) == _leaves(b)
+
+
+def _leaves(attention: LinearAttention) -> frozenset[int]:
+    """What the products are of: two matches of the same are the same attention."""
+    factors = (*attention.q, *attention.k, *attention.v)
+    return frozenset(id(leaf) for f in factors for leaf in f.leaves())
