@@ -1,8 +1,10 @@
-"""Time the operator against its traffic floor and against Inductor on the naive code: `python benchmarks/operator.py`.
+"""Time the operator against its traffic floor and against Inductor on the naive code: `python
+benchmarks/operator.py`.
 
 One CUDA device, one command. Times are medians of CUDA-graph replays with a cold L2; backward is
-forward-and-backward minus forward. The floor is the bytes that must move (forward: q, k, v, out once;
-backward: q, do, dq, k, v, dk, dv once) over the copy bandwidth measured in the same run. Output: CSV.
+forward-and-backward minus forward. The floor is the bytes that must move (forward: q, k, v, out
+once; backward: q, do, dq, k, v, dk, dv once) over the copy bandwidth measured in the same run.
+Output: CSV.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def copy_bandwidth() -> float:
 def measure(f: Callable[..., Tensor], case: Case) -> tuple[float, float]:
     """(forward ms, backward ms)."""
     shape = (case.B, case.T, case.H, case.D)
-    q, k, v = (torch.randn(shape, device="cuda").relu().to(case.dtype).transpose(1, 2) for _ in "qkv")
+    q, k, v = (
+        torch.randn(shape, device="cuda").relu().to(case.dtype).transpose(1, 2) for _ in "qkv"
+    )
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     do = torch.randn(case.B, case.H, case.T, case.D, device="cuda").to(case.out_dtype)
     with torch.no_grad():
@@ -101,12 +105,18 @@ def main() -> None:
     parser.add_argument("--no-inductor", action="store_true", help="time the operator alone")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
-    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e9:.2f} TB/s")
+    print(
+        f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, copy "
+        f"{bandwidth / 1e9:.2f} TB/s"
+    )
     print("B,H,T,D,in,out,fwd_ms,fwd_%copy,bwd_ms,bwd_%copy,inductor_fwd_ms,inductor_bwd_ms")
     for case in CASES:
         unit = case.B * case.H * case.T * case.D
         size, out_size = case.dtype.itemsize, case.out_dtype.itemsize
-        floors = (unit * (3 * size + out_size) / bandwidth, unit * (6 * size + out_size) / bandwidth)
+        floors = (
+            unit * (3 * size + out_size) / bandwidth,
+            unit * (6 * size + out_size) / bandwidth,
+        )
         forward, backward = measure(fused, case)
         row = [
             case.B, case.H, case.T, case.D, str(case.dtype)[6:], str(case.out_dtype)[6:],

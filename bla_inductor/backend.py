@@ -51,10 +51,11 @@ def bla(
     chosen, for_inductor = Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
     compile_inner = inner_compiler(chosen, for_inductor, name)
     report = rewrite_or_leave(gm, example_inputs, chosen)
-    announce(report)
     if chosen.strict and not report.matches:
         raise BlaNoMatchError(report)
-    return compile_inner(gm, example_inputs)
+    compiled = compile_inner(gm, example_inputs)
+    announce(report)  # not before: the inner compiler may send Dynamo back to the start
+    return compiled
 
 
 def reset() -> None:

@@ -17,7 +17,7 @@ from torch import fx
 
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
 from bla_inductor.algebra import Axes, Axis, Factor, Index, Observation, Read, product
-from bla_inductor.cost import Problem
+from bla_inductor.cost import KERNEL_LIMIT, Problem
 from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Source
 from bla_inductor.patterns import LinearAttention
@@ -27,7 +27,6 @@ __all__ = ["Plan"]
 
 aten = torch.ops.aten
 _INDIFFERENT = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul}
-_UPCAST = "upcast" in str(torch.ops.bla.linear_attention.default._schema)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -108,8 +107,7 @@ class Plan:
         exact = not all(_ignores_strides(user) for user in root.users)
         dims = memory_order(tensor, seen.hint) if exact else range(tensor.dim())
         flat = [i for dim in dims for i in value.axes[dim]]
-        groups = grouped(flat, {"batch": found.batch, "n": found.n, "d": found.d})
-        batch, n, d = groups["batch"], groups["n"], groups["d"]
+        batch, n, d = _letters(found, flat, seen)
         k = operand(found.k, found.m, found.c)
         q = operand(found.q, n, k.columns)
         q = Operand(q.factors, q.source, n, k.columns)
@@ -219,7 +217,7 @@ class Plan:
             kwargs["eps"] = emitter.number(z.eps)
         if self.dtype != self.compute_dtype:
             kwargs["out_dtype"] = self.dtype
-        if self.upcast and _UPCAST:
+        if self.upcast:
             kwargs["upcast"] = True
         if self.out_order is not None:
             kwargs["out_order"] = list(self.out_order)
@@ -238,8 +236,12 @@ class Plan:
         if not self.exact:
             return result
         original = seen.tensors[self.root]
-        if not emitter.same_layout(result, original) and original.is_contiguous():
+        if not emitter.same_layout(result, original):
+            order = memory_order(original, seen.hint)
+            result = emitter.call(aten.permute.default, result, order)
             result = emitter.call(aten.clone.default, result, memory_format=torch.contiguous_format)
+            inverse = [order.index(dim) for dim in range(len(order))]
+            result = emitter.call(aten.permute.default, result, inverse)
         if not emitter.same_layout(result, original):
             raise Unemittable("its result has strides that no kernel writes")
         return result
@@ -298,6 +300,23 @@ class Plan:
         return emitter.call(
             aten.mul.Tensor if factor.power == 1 else aten.div.Tensor, result, other
         )
+
+
+def _letters(found: LinearAttention, flat: Sequence[Index], seen: Observation) -> tuple[Axis, ...]:
+    """The indices of batch, n and d, each in the order in which the result has them in memory.
+
+    An index that v alone carries (heads of the values under one-headed keys) is a value channel as
+    well as it is a batch index: it is the latter where the result has it outside n, and where the
+    channels would be too many for a kernel.
+    """
+    groups = grouped(flat, {"batch": found.batch, "n": found.n, "d": found.d})
+    batch, n, d = groups["batch"], groups["n"], groups["d"]
+    first = min(flat.index(i) for i in n)
+    while len(d) > 1 and (
+        flat.index(d[0]) < first or seen.hint(product(i.size for i in d)) > KERNEL_LIMIT
+    ):
+        batch, d = (*batch, d[0]), d[1:]
+    return grouped(flat, {"": batch})[""], n, d
 
 
 def _ignores_strides(user: fx.Node) -> bool:

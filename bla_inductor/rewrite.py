@@ -18,11 +18,9 @@ from torch import fx
 from bla_inductor.algebra import Observation, Opaque, observe
 from bla_inductor.algebra.observe import undisturbed
 from bla_inductor.cost import decide
-from bla_inductor.emit import Emitter, Unemittable
 from bla_inductor.nearest import nearest
 from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY
-from bla_inductor.plan import Plan
 from bla_inductor.report import Match, Refusal, Report, locate
 from bla_inductor.select import Selection, has_effect, select
 from bla_inductor.wording import dtypes, feature_maps, formula, sizes
@@ -61,9 +59,7 @@ def _rewrite(
         report.refusals += selection.refusals
         if not selection.plans and not report.refusals:
             report.refusals += nearest(gm, seen)
-        if options.rewrite == "off":
-            report.refusals += [_only_reported(plan) for plan in selection.plans]
-        else:
+        if selection.plans:
             _apply(gm, seen, selection, report)
     report.seconds = time.perf_counter() - start
     for body in seen.bodies:
@@ -75,41 +71,18 @@ def _rewrite(
 
 
 def _apply(gm: fx.GraphModule, seen: Observation, selection: Selection, report: Report) -> None:
-    """Emit every plan; one that turns out not to work is taken back and refused."""
+    """Put the emitted nodes in the place of the roots, and erase what is dead then."""
     used = {node for node in gm.graph.nodes if node.users}
-    replacements: list[tuple[fx.Node, fx.Node]] = []
-    for plan in selection.plans:
-        emitter = Emitter(gm, seen, plan.root)
-        try:
-            replacements.append((plan.root, plan.emit(emitter, seen)))
-        except Unemittable as reason:
-            emitter.undo()
-            report.refusals.append(Refusal(FAMILY, str(reason), plan.location, plan.root.name))
-            continue
-        report.matches.append(
-            Match(
-                FAMILY,
-                formula(plan),
-                sizes(plan, seen),
-                dtypes(plan),
-                plan.location,
-                decide(plan.problem(seen)).reason,
-                plan.root.name,
-                feature_maps(plan),
-            )
-        )
+    for plan, _ in selection.plans:
+        why = decide(plan.problem(seen)).reason
+        told = (formula(plan), sizes(plan, seen), dtypes(plan), plan.location, why)
+        report.matches.append(Match(FAMILY, *told, plan.root.name, feature_maps(plan)))
     # All at the end: the leaf of one attention may be the root of another.
-    for root, node in replacements:
-        root.replace_all_uses_with(node)
-    if replacements:
-        _erase_dead(gm, seen, used, selection.needed)
-        gm.graph.lint()
-        gm.recompile()
-
-
-def _only_reported(plan: Plan) -> Refusal:
-    why = f"it matches, {formula(plan)}, but options={{'rewrite': 'off'}} asks for a report alone"
-    return Refusal(FAMILY, why, plan.location, plan.root.name)
+    for plan, node in selection.plans:
+        plan.root.replace_all_uses_with(node)
+    _erase_dead(gm, seen, used, selection.needed)
+    gm.graph.lint()
+    gm.recompile()
 
 
 def _erase_dead(

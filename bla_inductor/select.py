@@ -13,27 +13,34 @@ from torch import fx
 
 from bla_inductor.algebra import Observation
 from bla_inductor.cost import decide
-from bla_inductor.emit import Unemittable
+from bla_inductor.emit import Emitter, Unemittable
 from bla_inductor.operands import Catalogue
 from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY, LinearAttention, Mismatch, match
 from bla_inductor.plan import Plan
 from bla_inductor.report import Refusal, locate
+from bla_inductor.wording import formula
 
 __all__ = ["Selection", "has_effect", "select"]
 
 
 @dataclass(slots=True)
 class Selection:
-    """plans, in the order of the graph; refusals; the nodes that are needed if all plans work."""
+    """What was found: plans, in the order of the graph, with the node emitted for each; refusals;
+    and the nodes that are needed once the plans' roots are replaced.
+    """
 
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[tuple[Plan, fx.Node]] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     needed: set[fx.Node] = field(default_factory=set)
 
 
 def select(gm: fx.GraphModule, seen: Observation, options: Options) -> Selection:
-    """The places to rewrite. Nothing is changed."""
+    """Find the places to rewrite, and write the new nodes before them; nothing reads those yet.
+
+    A root that cannot be emitted leaves nothing behind, and the nodes inside it get their turn.
+    With options.rewrite == "off" every match is told as a refusal.
+    """
     return _Selector(gm, seen, options).run()
 
 
@@ -64,17 +71,17 @@ class _Selector:
         needed = result.needed
         refused: dict[tuple[str, frozenset[int]], Refusal] = {}
         chosen: set[frozenset[int]] = set()
-        for node in reversed(self.gm.graph.nodes):
+        for node in list(reversed(self.gm.graph.nodes)):
             idle = node.op != "output" and node not in needed
             if idle and not has_effect(node, self.seen, needed):
                 continue
             attention = self.matched(node)
             if isinstance(attention, LinearAttention) and not self.better_inside(node, attention):
                 plan = self.plan(node, attention)
-                if isinstance(plan, Plan):
+                if not isinstance(plan, Refusal):
                     result.plans.append(plan)
                     chosen.add(_leaves(attention))
-                    needed.update(n for o in plan.operands.values() for n, _ in o.nodes)
+                    needed.update(n for o in plan[0].operands.values() for n, _ in o.nodes)
                     outer = (leaf for f in attention.outer for leaf in f.leaves())
                     needed.update(leaf.node for leaf in outer if leaf.node is not None)
                     continue
@@ -125,19 +132,30 @@ class _Selector:
                 return self.statement(source, other)
         return node
 
-    def plan(self, node: fx.Node, attention: LinearAttention) -> Plan | Refusal:
+    def plan(self, node: fx.Node, attention: LinearAttention) -> tuple[Plan, fx.Node] | Refusal:
         location = locate(self.statement(node, attention))
+        emitter = Emitter(self.gm, self.seen, node)
         try:
             plan = Plan.make(node, attention, self.seen, self.catalogue, location)
+            refusal = self.objection(plan)
+            return refusal or (plan, plan.emit(emitter, self.seen))
         except Unemittable as reason:
+            emitter.undo()
             return Refusal(FAMILY, str(reason), location, node.name)
+
+    def objection(self, plan: Plan) -> Refusal | None:
+        """Why a plan that could be carried out is not."""
+        node, location = plan.root, plan.location
         decision = decide(plan.problem(self.seen))
         if not decision.pays and self.options.rewrite != "always":
             return Refusal(FAMILY, decision.reason, location, node.name)
         if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):
             why = "it is a view of a tensor that is modified in place later"
             return Refusal(FAMILY, why, location, node.name)
-        return plan
+        if self.options.rewrite == "off":
+            why = f"it matches, {formula(plan)}, but options={{'rewrite': 'off'}} asks for a report"
+            return Refusal(FAMILY, why, location, node.name)
+        return None
 
     def _owns_memory(self, node: fx.Node) -> bool:
         storage = self.seen.storage_of(self.seen.tensors[node])

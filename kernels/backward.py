@@ -1,18 +1,20 @@
 """The backward for head dims up to 128: one pass over q and do, one over k and v.
 
 With w = scale/guard(z), z = norm_scale·q'·key_sum, t = do·stateᵀ:
-    query pass: dq = w·t,  dz = -norm_scale·w·rowsum(t∘q)/guard(z),  dq' = dz·key_sum    (dq + dq' where q' is q)
+    query pass: dq = w·t,  dz = -norm_scale·w·rowsum(t∘q)/guard(z),  dq' = dz·key_sum    (dq + dq'
+    where q' is q)
                 dstate = Σ_n q (w·do),  dkey_sum = Σ_n dz·q'      by splits of the sequence
-    key pass:   dk = v·dstateᵀ,  dv = k·dstate,  dk' = dkey_sum                        (dk + dk' where k' is k)
+    key pass:   dk = v·dstateᵀ,  dv = k·dstate,  dk' = dkey_sum                        (dk + dk'
+    where k' is k)
 rowsum(do∘out) is w·rowsum(t∘q), so the output is neither saved nor read. Statistics are fp32.
-Where the state and dstate do not fit into registers together, the query pass stores w and norm_scale·dz per token,
-and `state_kernel` sums dstate and dkey_sum from these weights in a pass of its own.
+Where the state and dstate do not fit into registers together, the query pass stores w and
+norm_scale·dz per token, and `state_kernel` sums dstate and dkey_sum from these weights in a pass of
+its own.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
-
 from bla_inductor.kernels.common import guarded, product, tile_mask, tile_range
 
 
@@ -31,7 +33,8 @@ def query_pass_kernel(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMALIZER: tl.constexpr,
     DECOUPLED: tl.constexpr,
-    NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr, NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
+    NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
+    NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
     STORE_WEIGHTS: tl.constexpr,
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,

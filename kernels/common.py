@@ -1,4 +1,6 @@
-"""What the kernels share: tiles with masks, matrix products at a stated precision, the guard of the normaliser."""
+"""What the kernels share: tiles with masks, matrix products at a stated precision, the guard of the
+normaliser.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 import triton
@@ -25,7 +27,9 @@ def tile_mask(rows, N, cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def round_tf32(x):
-    """x in fp32, rounded to the nearest value of 11 significant bits: tensor cores would cut off the rest instead."""
+    """x in fp32, rounded to the nearest value of 11 significant bits: tensor cores would cut off
+    the rest instead.
+    """
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)
@@ -35,8 +39,9 @@ def round_tf32(x):
 def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in fp32.
 
-    native: b rounded to a's 16-bit type.   tf32: both rounded to tf32. fp16 is a subset of tf32 with fp32's range, so
-    fp16 operands lose nothing and fp32 ones cannot overflow.   ieee: fp32 on the CUDA cores.
+    native: b rounded to a's 16-bit type.   tf32: both rounded to tf32. fp16 is a subset of tf32
+    with fp32's range, so fp16 operands lose nothing and fp32 ones cannot overflow.   ieee: fp32 on
+    the CUDA cores.
     """
     if PRECISION == "native":
         return tl.dot(a, b.to(a.dtype), acc)
@@ -50,10 +55,12 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def split_product(a, b, zeros):
-    """a·b to fp32 accuracy as (high, low), for a in bf16 and b in fp32 as three bf16 parts, 24 bits in all.
+    """a·b to fp32 accuracy as (high, low), for a in bf16 and b in fp32 as three bf16 parts, 24 bits
+    in all.
 
-    Tensor cores cut off what does not fit beside the largest summand. Products of `a` with the high part have 16 bits,
-    which leaves room for their sum: it is nearly exact if nothing else shares its accumulator. The rest is 2^-8 of it.
+    Tensor cores cut off what does not fit beside the largest summand. Products of `a` with the high
+    part have 16 bits, which leaves room for their sum: it is nearly exact if nothing else shares
+    its accumulator. The rest is 2^-8 of it.
     """
     high = b.to(tl.bfloat16)
     rest = b - high.to(tl.float32)

@@ -1,8 +1,9 @@
 """Launch parameters from D, Dv, arithmetic and the number of multiprocessors; no autotuning.
 
-A kernel's accumulators and the state it holds bound its tile: 16384 fp32 values are 64 registers a thread with 8 warps.
-Operands in 4 bytes (tf32) take twice the shared memory and registers of 16-bit ones, so their tiles are smaller.
-Every row is compiled ahead of time for sm_80, sm_90 and sm_100 in tests/kernels and must not spill.
+A kernel's accumulators and the state it holds bound its tile: 16384 fp32 values are 64 registers a
+thread with 8 warps. Operands in 4 bytes (tf32) take twice the shared memory and registers of 16-bit
+ones, so their tiles are smaller. Every row is compiled ahead of time for sm_80, sm_90 and sm_100 in
+tests/kernels and must not spill.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from functools import cache
 
 import torch
 
+
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes (rows of the sequence, features, value channels, normaliser features), warps, pipeline stages."""
+    """Block sizes (rows of the sequence, features, value channels, normaliser features), warps,
+    pipeline stages.
+    """
 
     BLOCK_N: int
     BLOCK_D: int
@@ -33,7 +37,9 @@ def _warps(d: int, v: int, precision: str) -> int:
 
 @cache
 def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
-    """`state_kernel`: accumulator BLOCK_D × BLOCK_V; on sm_100 it passes through tensor memory and registers both."""
+    """`state_kernel`: accumulator BLOCK_D × BLOCK_V; on sm_100 it passes through tensor memory and
+    registers both.
+    """
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
@@ -62,7 +68,9 @@ def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
 
 @cache
 def query_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
-    """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both BLOCK_D × BLOCK_V."""
+    """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both
+    BLOCK_D × BLOCK_V.
+    """
     d, v = block(D), block(DV)
     if precision == "ieee":
         rows, warps = (16, 8) if d * v <= 1024 else (32, 16)
@@ -92,9 +100,11 @@ def wide_query_tile(precision: str) -> Tile:
 
 @cache
 def wide_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> bool:
-    """Whether the backward runs in tiles of the head dims (wide.py) because one block a pass does not fit.
+    """Whether the backward runs in tiles of the head dims (wide.py) because one block a pass does
+    not fit.
 
-    128 × 128 needs more than the 99 KiB of shared memory of sm_86 and sm_89; the CUDA cores read from registers.
+    128 × 128 needs more than the 99 KiB of shared memory of sm_86 and sm_89; the CUDA cores read
+    from registers.
     """
     limit = 4096 if precision == "ieee" else 8192 if capability < 9 else 16384
     return max(D, DV, DN) > 128 or block(D) * block(DV) > limit
@@ -104,7 +114,8 @@ def wide_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> 
 def fused_query_pass(D: int, DV: int, precision: str, capability: int) -> bool:
     """Whether the query pass also accumulates dstate, beside the state that it holds.
 
-    It does where both fit into registers: mma on sm_8x wants the state there too, the CUDA cores want everything.
+    It does where both fit into registers: mma on sm_8x wants the state there too, the CUDA cores
+    want everything.
     """
     limit = 1024 if precision == "ieee" else 4096 if capability < 9 else 8192
     return block(D) * block(DV) <= limit
@@ -125,9 +136,11 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def divide_rows(rows: int, programs: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """(rows a program, programs along the sequence), given how many `programs` run beside each other.
+    """(rows a program, programs along the sequence), given how many `programs` run beside each
+    other.
 
-    Enough programs for eight a multiprocessor, but at least four tiles each, to be worth the state they read or write.
+    Enough programs for eight a multiprocessor, but at least four tiles each, to be worth the state
+    they read or write.
     """
     wanted = -(-8 * multiprocessors(device) // programs)
     splits = max(1, min(wanted, rows // (4 * tile.BLOCK_N)))

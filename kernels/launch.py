@@ -10,8 +10,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from bla_inductor.kernels import heuristics
 from bla_inductor.kernels.backward import key_pass_kernel, query_pass_kernel
 from bla_inductor.kernels.heuristics import Tile
@@ -19,15 +17,17 @@ from bla_inductor.kernels.output import output_kernel
 from bla_inductor.kernels.precision import backward_precision, output_precision, state_precision
 from bla_inductor.kernels.state import state_kernel, sum_splits
 from bla_inductor.kernels.wide import wide_query_kernel
+from torch import Tensor
 
 Strides = tuple[int, ...]
 
 
 class Batch:
-    """The operands of one pass, with the batch dims merged into two: batch index b is (b // inner, b % inner).
+    """The operands of one pass, with the batch dims merged into two: batch index b is (b // inner,
+    b % inner).
 
-    Dims that do not merge (three and more unrelated strides) are resolved by contiguous copies; `finish` copies
-    the outputs back.
+    Dims that do not merge (three and more unrelated strides) are resolved by contiguous copies;
+    `finish` copies the outputs back.
     """
 
     def __init__(
@@ -81,9 +81,7 @@ def _merge(
 
 def _big(tile: Tile, strides: Sequence[Strides]) -> bool:
     """Whether an offset within one tile may leave int32."""
-    return any(
-        tile.BLOCK_N * abs(s[2]) + 256 * abs(s[3]) >= 2**31 for s in strides if len(s) == 4
-    )
+    return any(tile.BLOCK_N * abs(s[2]) + 256 * abs(s[3]) >= 2**31 for s in strides if len(s) == 4)
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -113,7 +111,9 @@ def _statistics(
     weights: tuple[Tensor, Tensor] | None = None,
     exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """state (*batch, D, Dv) = Σ kᵀ(a·v) and key_sum (*batch, D') = Σ b·k', fp32; `weights` are a, b (*batch, M)."""
+    """state (*batch, D, Dv) = Σ kᵀ(a·v) and key_sum (*batch, D') = Σ b·k', fp32; `weights` are a, b
+    (*batch, M).
+    """
     M, D, DV = k.shape[-2], k.shape[-1], v.shape[-1]
     feature = k if k_norm is None else k_norm
     DN = feature.shape[-1]
@@ -126,9 +126,7 @@ def _statistics(
     sum_size = DN if normalized else 0
     out_state, out_sum, state_stride, sum_stride = state, key_sum, D * DV, DN
     if splits > 1:
-        out_state = k.new_empty(
-            operands.count * splits, D * DV + sum_size, dtype=torch.float32
-        )
+        out_state = k.new_empty(operands.count * splits, D * DV + sum_size, dtype=torch.float32)
         out_sum = out_state[:, D * DV :] if normalized else key_sum
         state_stride = sum_stride = D * DV + sum_size
     a, b = weights or (state, state)
@@ -252,7 +250,9 @@ def forward(
 
 
 class _Gradients:
-    """Buffers with a pass's full batch for gradients whose input was broadcast, summed into them at the end."""
+    """Buffers with a pass's full batch for gradients whose input was broadcast, summed into them at
+    the end.
+    """
 
     def __init__(self, batch: Sequence[int]) -> None:
         self._batch = list(batch)
@@ -286,7 +286,9 @@ def backward(
     norm_scale: float,
     eps: float,
 ) -> None:
-    """Write the gradients of q, k, v, q_norm, k_norm that are not None (any strides, the inputs' shapes)."""
+    """Write the gradients of q, k, v, q_norm, k_norm that are not None (any strides, the inputs'
+    shapes).
+    """
     numbers = (scale, norm_scale, eps)
     precision = backward_precision(q.dtype, do.dtype)
     DN = (q if q_norm is None else q_norm).shape[-1]
@@ -352,7 +354,8 @@ def _query_pass(
     needs_dsum: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Write dq, dq_norm; return dstate and dkey_sum with the state's batch (unwritten where not needed).
+    """Write dq, dq_norm; return dstate and dkey_sum with the state's batch (unwritten where not
+    needed).
 
     Unfused, the kernel leaves the sums to `_statistics`.
     """
@@ -431,9 +434,7 @@ def _query_pass(
     )
     operands.finish()
     if weights is not None:
-        return _weighted_statistics(
-            q, do, q_norm, key_batch, normalized, precision, weights
-        )
+        return _weighted_statistics(q, do, q_norm, key_batch, normalized, precision, weights)
     if not direct and needs_sums:
         partial = _reduced(out_state, key_batch)
         _sum_splits(partial, dstate, dsum, splits)

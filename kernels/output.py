@@ -1,14 +1,15 @@
-"""out[n,d] = scale · Σ_c x[n,c] state[c,d] / guard(norm_scale · Σ_c q'[n,c] key_sum[c])  (+ bias[d]), any strides.
+"""out[n,d] = scale · Σ_c x[n,c] state[c,d] / guard(norm_scale · Σ_c q'[n,c] key_sum[c])  (+
+bias[d]), any strides.
 
-Shapes: x (B, N, D), q' (B, N, D'), out (B, N, Dv) by strides; state (.., D, Dv) and key_sum, bias fp32.
-A program holds one tile of the state and walks over ROWS tokens. z, eps and the division stay in fp32.
-The backward of wide heads uses it as well: dv = k·dstate, and dk = v·dstateᵀ + dkey_sum with `bias`.
+Shapes: x (B, N, D), q' (B, N, D'), out (B, N, Dv) by strides; state (.., D, Dv) and key_sum, bias
+fp32. A program holds one tile of the state and walks over ROWS tokens. z, eps and the division stay
+in fp32. The backward of wide heads uses it as well: dv = k·dstate, and dk = v·dstateᵀ + dkey_sum
+with `bias`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
-
 from bla_inductor.kernels.common import guarded, product, split_product, tile_mask, tile_range
 
 
@@ -76,7 +77,9 @@ def output_kernel(
         factor = tl.zeros((BLOCK_N,), tl.float32) + scale
         if NORMALIZER != "none":
             if DECOUPLED:
-                xn = tl.load(n_ptr + n_offsets, mask=tile_mask(rows, N, rdn, DN, BLOCK_DN), other=0.0)
+                xn = tl.load(
+                    n_ptr + n_offsets, mask=tile_mask(rows, N, rdn, DN, BLOCK_DN), other=0.0
+                )
                 n_ptr += BLOCK_N * snn
             else:
                 xn = x
@@ -85,7 +88,8 @@ def output_kernel(
         zeros = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         if PRECISION == "split":
             high, low = split_product(x, state, zeros)
-            # Scaled one by one: Triton would turn high + low into one accumulator, which loses bits of both.
+            # Scaled one by one: Triton would turn high + low into one accumulator, which loses bits
+            # of both.
             out = high * factor[:, None] + low * factor[:, None]
         else:
             out = product(x, state, zeros, PRECISION) * factor[:, None]

@@ -1,13 +1,15 @@
 """Which arithmetic a product runs in (see `common.py`), by the dtypes that go in and come out.
 
 The yardstick is the error of the user's own graph.
-- A graph in bf16 rounds its state to bf16, so may we: "native". fp16 goes through "tf32", of which it is a subset, because
-  a state in fp16 would overflow at 65504.
-- A float32 result of 16-bit inputs is the user's upcast, so nothing may be rounded below fp32. For bf16 the state is
-  split into three bf16 parts. Products of fp16 have 22 bits, and tensor cores, which cut off instead of rounding, lose
-  bits of their sums (3 times the error of the user's graph on H100): "ieee", fp32 on the CUDA cores.
-- float32 inputs follow `torch.get_float32_matmul_precision()`: "highest" is ieee, else tf32. Three tf32 products
-  would carry enough bits, but are added up with the same truncation: 2 to 5 times the error (H100).
+- A graph in bf16 rounds its state to bf16, so may we: "native". fp16 goes through "tf32", of which
+  it is a subset, because a state in fp16 would overflow at 65504.
+- A float32 result of 16-bit inputs is the user's upcast, so nothing may be rounded below fp32. For
+  bf16 the state is split into three bf16 parts. Products of fp16 have 22 bits, and tensor cores,
+  which cut off instead of rounding, lose bits of their sums (3 times the error of the user's graph
+  on H100): "ieee", fp32 on the CUDA cores.
+- float32 inputs follow `torch.get_float32_matmul_precision()`: "highest" is ieee, else tf32. Three
+  tf32 products would carry enough bits, but are added up with the same truncation: 2 to 5 times the
+  error (H100).
 """
 
 import torch
@@ -35,7 +37,9 @@ def output_precision(dtype: torch.dtype, out_dtype: torch.dtype) -> str:
 
 
 def backward_precision(dtype: torch.dtype, do_dtype: torch.dtype) -> str:
-    """Gradients are rounded to the inputs' dtype at the end: for bf16 tf32 suffices even with a float32 `do`."""
+    """Gradients are rounded to the inputs' dtype at the end: for bf16 tf32 suffices even with a
+    float32 `do`.
+    """
     if dtype == torch.float32:
         return float32_precision()
     if dtype == torch.bfloat16:

@@ -1,15 +1,16 @@
-"""state[c,d] = Σ_m k[m,c] · a[m] v[m,d]  and  key_sum[c] = Σ_m b[m] k'[m,c], a slice of the sequence a program.
+"""state[c,d] = Σ_m k[m,c] · a[m] v[m,d]  and  key_sum[c] = Σ_m b[m] k'[m,c], a slice of the
+sequence a program.
 
 Shapes: k (B, M, D), v (B, M, Dv), k' (B, M, D') by strides; a, b (B, M) fp32, dense, or absent (1).
-Each program reduces ROWS tokens for one tile of BLOCK_V value channels, and writes fp32 partial sums;
-`sum_splits` adds them in order. D is one block, up to 256; the tiles of Dv re-read k, from L2 where they run together.
-The weights a, b make this the backward's dstate = Σ_n q (w·do) and dkey_sum = Σ_n dz·q' for wide heads.
+Each program reduces ROWS tokens for one tile of BLOCK_V value channels, and writes fp32 partial
+sums; `sum_splits` adds them in order. D is one block, up to 256; the tiles of Dv re-read k, from L2
+where they run together. The weights a, b make this the backward's dstate = Σ_n q (w·do) and
+dkey_sum = Σ_n dz·q' for wide heads.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
-
 from bla_inductor.kernels.common import product, tile_mask, tile_range
 
 
@@ -68,15 +69,18 @@ def state_kernel(
             v = a[:, None] * v.to(tl.float32)
             a_ptr += BLOCK_N
         if EXACT:
-            # Tensor cores cut off, rather than round, what does not fit beside the largest summand: exact enough for
-            # one tile, a bias over thousands of tokens. The factor, 1, keeps Triton from merging the sum into the dot.
+            # Tensor cores cut off, rather than round, what does not fit beside the largest summand:
+            # exact enough for one tile, a bias over thousands of tokens. The factor, 1, keeps
+            # Triton from merging the sum into the dot.
             tile_state = tl.dot(tl.trans(k), v, tl.zeros((BLOCK_D, BLOCK_V), tl.float32))
             state += tile_state * one
         else:
             state = product(tl.trans(k), v, state, PRECISION)
         if NORM != "none":
             if NORM == "decoupled":
-                kn = tl.load(n_ptr + n_offsets, mask=tile_mask(rows, M, rdn, DN, BLOCK_DN), other=0.0)
+                kn = tl.load(
+                    n_ptr + n_offsets, mask=tile_mask(rows, M, rdn, DN, BLOCK_DN), other=0.0
+                )
                 n_ptr += BLOCK_N * snn
                 features = kn.to(tl.float32)
             else:
@@ -107,7 +111,9 @@ def sum_splits(
     PARTIAL, STATE, SUM, SPLITS,
     STATE_SIZE: tl.constexpr, SUM_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """STATE (B, STATE_SIZE), SUM (B, SUM_SIZE) = the sum over splits of PARTIAL (B, SPLITS, STATE_SIZE + SUM_SIZE)."""
+    """STATE (B, STATE_SIZE), SUM (B, SUM_SIZE) = the sum over splits of PARTIAL (B, SPLITS,
+    STATE_SIZE + SUM_SIZE).
+    """
     SIZE: tl.constexpr = STATE_SIZE + SUM_SIZE
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)

@@ -1,14 +1,15 @@
-"""The query pass of the backward for head dims above 128, where state and dstate do not fit together.
+"""The query pass of the backward for head dims above 128, where state and dstate do not fit
+together.
 
-Writes dq (and dq') and, per token, w = scale/guard(z) and dz (see backward.py); `state_kernel` then sums
-dstate = Σ_n q (w·do) and dkey_sum = Σ_n dz·q' from these weights. t = do·stateᵀ is computed tile by tile, and
-twice where there is a normaliser: for its row sum, then for dq. A second product is cheaper than keeping t.
+Writes dq (and dq') and, per token, w = scale/guard(z) and dz (see backward.py); `state_kernel` then
+sums dstate = Σ_n q (w·do) and dkey_sum = Σ_n dz·q' from these weights. t = do·stateᵀ is computed
+tile by tile, and twice where there is a normaliser: for its row sum, then for dq. A second product
+is cheaper than keeping t.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
-
 from bla_inductor.kernels.common import guarded, product, tile_mask, tile_range
 
 

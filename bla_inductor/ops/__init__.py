@@ -1,4 +1,5 @@
-"""The differentiable operator `torch.ops.bla.linear_attention`; importing this package registers it.
+"""The differentiable operator `torch.ops.bla.linear_attention`; importing this package registers
+it.
 
 For batch-like dims `*`, query index n, key index m, feature c, value channel d:
 
@@ -8,7 +9,8 @@ For batch-like dims `*`, query index n, key index m, feature c, value channel d:
 
 Shapes: q (*batch, N, D), k (*batch, M, D), v (*batch, M, Dv), q' = q_norm (*batch, N, D'),
 k' = k_norm (*batch, M, D'); q' and k' default to q and k. All have the same rank, at least 2; every
-batch dim is equal or 1 (broadcast). Any strides. One dtype for all: bfloat16, float16, float32, float64.
+batch dim is equal or 1 (broadcast). Any strides. One dtype for all: bfloat16, float16, float32,
+float64.
 
 | normalizer | guard(z) | note |
 |---|---|---|
@@ -16,16 +18,18 @@ batch dim is equal or 1 (broadcast). Any strides. One dtype for all: bfloat16, f
 | `"add"` | z + eps | eps may be 0 |
 | `"clamp"` | max(z, eps) | the gradient of z is zero where z < eps |
 
-`out_dtype` defaults to the inputs' dtype; 16-bit inputs with a float32 result are computed to float32
-accuracy. `out_order` lists the result's dims from outermost to innermost in memory; the result is dense
-in that order (default: contiguous).
+`out_dtype` defaults to the inputs' dtype; 16-bit inputs with a float32 result are computed to
+float32 accuracy. `out_order` lists the result's dims from outermost to innermost in memory; the
+result is dense in that order (default: contiguous).
 
-`linear_attention_forward` also returns what the backward needs: the state Σ_m kᵀv (*key batch, D, Dv) and
-Σ_m k' (*key batch, D'), fp32 (fp64 for fp64 inputs), where the key batch is k, v and k_norm broadcast together.
-`linear_attention_backward` is itself differentiable. Autocast does not change what the operator computes.
-This package needs torch alone; Triton is imported by the first call on a CUDA tensor.
+`linear_attention_forward` also returns what the backward needs: the state Σ_m kᵀv (*key batch, D,
+Dv) and Σ_m k' (*key batch, D'), fp32 (fp64 for fp64 inputs), where the key batch is k, v and k_norm
+broadcast together. `linear_attention_backward` is itself differentiable. Autocast does not change
+what the operator computes. This package needs torch alone; Triton is imported by the first call on
+a CUDA tensor.
 
-Algorithm: Katharopoulos et al., "Transformers are RNNs", ICML 2020; Shen et al., "Efficient Attention", WACV 2021.
+Algorithm: Katharopoulos et al., "Transformers are RNNs", ICML 2020; Shen et al., "Efficient
+Attention", WACV 2021.
 """
 
 from bla_inductor.ops import autograd, dispatch, fake, flops, vmap  # noqa: F401  (they register)

@@ -1,8 +1,10 @@
-"""The operator in plain ATen: the CPU path, the path of devices without Triton, and the second derivative.
+"""The operator in plain ATen: the CPU path, the path of devices without Triton, and the second
+derivative.
 
-Everything is computed in fp32 (fp64 for fp64 inputs) whatever autocast says. The contraction is associated
-the cheaper way: φ(Q)(φ(K)ᵀV) costs (N + M)·D·Dv products a head, (φ(Q)φ(K)ᵀ)V costs N·M·(D + Dv).
-`backward` is written in differentiable operations, so the derivative of the backward is autograd's.
+Everything is computed in fp32 (fp64 for fp64 inputs) whatever autocast says. The contraction is
+associated the cheaper way: φ(Q)(φ(K)ᵀV) costs (N + M)·D·Dv products a head, (φ(Q)φ(K)ᵀ)V costs
+N·M·(D + Dv). `backward` is written in differentiable operations, so the derivative of the backward
+is autograd's.
 """
 
 from collections.abc import Sequence
@@ -35,7 +37,9 @@ def dense(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Tensor:
 def key_statistics(
     k: Tensor, v: Tensor, k_norm: Tensor | None, normalizer: str
 ) -> tuple[Tensor, Tensor]:
-    """state = Σ_m kᵀv (*key batch, D, Dv) and key_sum = Σ_m k' (*key batch, D'), or (0,) for "none"."""
+    """state = Σ_m kᵀv (*key batch, D, Dv) and key_sum = Σ_m k' (*key batch, D'), or (0,) for
+    "none".
+    """
     acc = accumulation_dtype(k.dtype)
     batch = key_batch(k, v, k_norm)
     state = torch.matmul(k.to(acc).mT, v.to(acc))
@@ -98,7 +102,8 @@ def backward(
     eps: float,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of q, k, v, q_norm, k_norm in the accumulation dtype and the inputs' shapes, None if unneeded.
+    """Gradients of q, k, v, q_norm, k_norm in the accumulation dtype and the inputs' shapes, None
+    if unneeded.
 
     With g = scale·do/guard(z) and t = g·stateᵀ:
         dq = t      dstate = qᵀg      dk = v·dstateᵀ      dv = k·dstate

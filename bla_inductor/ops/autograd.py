@@ -22,12 +22,15 @@ _DEFAULTS = {"normalizer": "none", "scale": 1.0, "norm_scale": 1.0, "eps": 0.0}
 
 
 class _LinearAttention(torch.autograd.Function):
-    """inputs: q, k, v, q_norm, k_norm and the keyword arguments as a dict; outputs: out, state, key_sum."""
+    """inputs: q, k, v, q_norm, k_norm and the keyword arguments as a dict; outputs: out, state,
+    key_sum.
+    """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, kwargs = args
-        # `Function` turned grad mode off; an outer transform of functorch differentiates this call again.
+        # `Function` turned grad mode off; an outer transform of functorch differentiates this call
+        # again.
         nested = torch._C._are_functorch_transforms_active()
         with torch.set_grad_enabled(nested), torch._C._AutoDispatchBelowAutograd():
             out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
@@ -56,8 +59,8 @@ class _LinearAttention(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
 
 
-# `Function.apply` would start again from the topmost functorch transform; at the Autograd key exactly one level
-# is being handled, so call the C++ apply as torch's own kernels do.
+# `Function.apply` would start again from the topmost functorch transform; at the Autograd key
+# exactly one level is being handled, so call the C++ apply as torch's own kernels do.
 _cpp_apply = super(torch.autograd.Function, _LinearAttention).apply
 
 
@@ -94,7 +97,9 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """Second derivatives: the backward's formula in differentiable operations, the state recomputed from k, v."""
+    """Second derivatives: the backward's formula in differentiable operations, the state recomputed
+    from k, v.
+    """
     if not _differentiable(args):
         with torch._C._AutoDispatchBelowAutograd():
             return linear_attention_backward(*args, **kwargs)

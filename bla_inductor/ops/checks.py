@@ -1,7 +1,8 @@
 """Argument checks of `bla::linear_attention`, for real and fake tensors alike.
 
-On symbolic sizes only a mismatch that is known for certain is an error here, so that no guard is installed;
-the same checks run again on the real sizes. ValueError for shapes, devices and options, TypeError for dtypes.
+On symbolic sizes only a mismatch that is known for certain is an error here, so that no guard is
+installed; the same checks run again on the real sizes. ValueError for shapes, devices and options,
+TypeError for dtypes.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ def check_arguments(
         )
     if normalizer == "none" and len(tensors) != 3:
         raise ValueError(
-            f"{_OP}: argument '{tensors[3][0]}' is given, but normalizer='none' divides by nothing. "
+            f"{_OP}: argument '{tensors[3][0]}' is given, but normalizer='none' divides by "
+            "nothing. "
             "Leave it out, or choose normalizer='add' or 'clamp'."
         )
     if q.dim() < 2:
@@ -54,7 +56,8 @@ def check_arguments(
     for name, t in tensors:
         if t.dtype != dtype:
             raise TypeError(
-                f"{_OP}: argument '{name}' has dtype {t.dtype}, expected {dtype}, the dtype of 'q'. "
+                f"{_OP}: argument '{name}' has dtype {t.dtype}, expected {dtype}, the dtype "
+                "of 'q'. "
                 f"Cast it with {name}.to({dtype})."
             )
         if t.device != device:
@@ -64,7 +67,8 @@ def check_arguments(
             )
         if t.dim() != rank:
             raise ValueError(
-                f"{_OP}: argument '{name}' has shape {_shape(t)}, expected {rank} dims, as many as 'q' "
+                f"{_OP}: argument '{name}' has shape {_shape(t)}, expected {rank} dims, as "
+                "many as 'q' "
                 f"{_shape(q)}. Give it batch dims of size 1; they are broadcast."
             )
     key_feature = k if k_norm is None else k_norm
@@ -81,7 +85,8 @@ def check_arguments(
         _check_batch(dim, tensors)
     if out_dtype is not None and out_dtype not in DTYPES:
         raise TypeError(
-            f"{_OP}: argument 'out_dtype' is {out_dtype}, expected one of {', '.join(map(str, DTYPES))}."
+            f"{_OP}: argument 'out_dtype' is {out_dtype}, expected one of "
+            f"{', '.join(map(str, DTYPES))}."
         )
     if out_order is not None and sorted(out_order) != list(range(rank)):
         raise ValueError(
@@ -97,7 +102,8 @@ def _shape(t: Tensor) -> str:
 def _same_size(name: str, t: Tensor, dim: int, other_name: str, other: Tensor) -> None:
     if known(t.shape[dim] != other.shape[dim]):
         raise ValueError(
-            f"{_OP}: argument '{name}' has shape {_shape(t)}, expected size {other.shape[dim]} in dim {dim}, "
+            f"{_OP}: argument '{name}' has shape {_shape(t)}, expected size "
+            f"{other.shape[dim]} in dim {dim}, "
             f"as '{other_name}' {_shape(other)} has. "
             "Shapes: q (*batch, N, D), k (*batch, M, D), v (*batch, M, Dv), "
             "q_norm (*batch, N, D'), k_norm (*batch, M, D')."
@@ -113,6 +119,8 @@ def _check_batch(dim: int, tensors: Sequence[tuple[str, Tensor]]) -> None:
             first = (name, t)
         elif known(t.shape[dim] != first[1].shape[dim]):
             raise ValueError(
-                f"{_OP}: argument '{name}' has shape {_shape(t)}, expected size {first[1].shape[dim]} or 1 in "
-                f"batch dim {dim}, as '{first[0]}' {_shape(first[1])} has. Repeat it, or give it size 1."
+                f"{_OP}: argument '{name}' has shape {_shape(t)}, expected size "
+                f"{first[1].shape[dim]} or 1 in "
+                f"batch dim {dim}, as '{first[0]}' {_shape(first[1])} has. Repeat it, or "
+                "give it size 1."
             )

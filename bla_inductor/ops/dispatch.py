@@ -1,7 +1,7 @@
 """Which implementation runs: Triton for CUDA tensors it covers, ATen for everything else.
 
-ATen takes over on CUDA where Triton is missing, for float64, and for tensors without elements. Head dims
-above the kernels' limit are an error there, not a silent change of algorithm.
+ATen takes over on CUDA where Triton is missing, for float64, and for tensors without elements. Head
+dims above the kernels' limit are an error there, not a silent change of algorithm.
 """
 
 from collections.abc import Sequence
@@ -105,8 +105,10 @@ def _kernels(tensors: Sequence[Tensor | None], out_dtype: torch.dtype) -> Module
     for name, t in zip(("q", "k", "v", "q_norm", "k_norm"), tensors, strict=True):
         if t is not None and t.shape[-1] > MAX_HEAD_DIM:
             raise ValueError(
-                f"bla::linear_attention: argument '{name}' has a head dim of {t.shape[-1]}, expected at most "
-                f"{MAX_HEAD_DIM}, the limit of the CUDA kernels. Use more heads, or keep the plain formula."
+                f"bla::linear_attention: argument '{name}' has a head dim of {t.shape[-1]}, "
+                "expected at most "
+                f"{MAX_HEAD_DIM}, the limit of the CUDA kernels. Use more heads, or keep the "
+                "plain formula."
             )
     try:
         from bla_inductor import kernels

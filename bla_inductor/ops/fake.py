@@ -1,4 +1,6 @@
-"""Shapes, dtypes and exact strides of the results, for fake and meta tensors; installs no guards."""
+"""Shapes, dtypes and exact strides of the results, for fake and meta tensors; installs no
+guards.
+"""
 
 from collections.abc import Sequence
 

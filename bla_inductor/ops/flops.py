@@ -1,9 +1,10 @@
-"""FLOP formulas for `torch.utils.flop_counter`: two per product, products of the linear association only.
+"""FLOP formulas for `torch.utils.flop_counter`: two per product, products of the linear association
+only.
 
 Counted: state, read-out and z forward; t, dstate, dk, dv (those that are needed) backward.
 
-torch's flop counter imports Triton, so this package does not import it: the formulas are registered when the
-package finds it loaded, at import or at the first call that autograd sees.
+torch's flop counter imports Triton, so this package does not import it: the formulas are registered
+when the package finds it loaded, at import or at the first call that autograd sees.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""Shapes and memory orders: broadcasting of batch dims and dense allocation, without guards on symbolic sizes."""
+"""Shapes and memory orders: broadcasting of batch dims and dense allocation, without guards on
+symbolic sizes.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -44,7 +46,8 @@ def empty_dense(
 
 
 def dense_order(x: Tensor) -> list[int]:
-    """The dims of x from the largest stride to the smallest: the order in which a gradient of x is laid out.
+    """The dims of x from the largest stride to the smallest: the order in which a gradient of x is
+    laid out.
 
     Contiguous where x repeats memory, or where symbolic strides have no known order.
     """

@@ -1,7 +1,8 @@
-"""The operators' schemas in the namespace `bla`, and the library that every registration goes through.
+"""The operators' schemas in the namespace `bla`, and the library that every registration goes
+through.
 
-`Library.define` rather than `custom_op`: a call costs 1–5 µs instead of 7–18. `flexible_layout` because the
-kernels take any strides, so Inductor need not copy inputs into a fixed order.
+`Library.define` rather than `custom_op`: a call costs 1–5 µs instead of 7–18. `flexible_layout`
+because the kernels take any strides, so Inductor need not copy inputs into a fixed order.
 """
 
 import torch
@@ -11,22 +12,25 @@ lib = Library("bla", "DEF")
 
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? q_norm=None, Tensor? k_norm=None"
 _NUMBERS = (
-    'str normalizer="none", float scale=1.0, float norm_scale=1.0, float eps=0.0, '
+    'str normalizer="none", Scalar scale=1.0, Scalar norm_scale=1.0, Scalar eps=0.0, '
     "ScalarType? out_dtype=None, int[]? out_order=None"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
 lib.define(f"linear_attention({_TENSORS}, *, {_NUMBERS}) -> Tensor", tags=_TAGS)
 lib.define(
-    f"linear_attention_forward({_TENSORS}, *, {_NUMBERS}) -> (Tensor out, Tensor state, Tensor key_sum)",
+    f"linear_attention_forward({_TENSORS}, *, {_NUMBERS}) -> (Tensor out, Tensor state, "
+    "Tensor key_sum)",
     tags=_TAGS,
 )
-# `orders`: five permutations of the dims, one after the other: the memory orders of dq dk dv dq_norm dk_norm
-# (default: contiguous). They are arguments, not read off the inputs' strides, so that a fake tensor with
-# symbolic strides and the kernel agree without a guard. A gradient that is not needed comes back as (0,).
+# `orders`: five permutations of the dims, one after the other: the memory orders of dq dk dv
+# dq_norm dk_norm (default: contiguous). They are arguments, not read off the inputs' strides, so
+# that a fake tensor with symbolic strides and the kernel agree without a guard. A gradient that is
+# not needed comes back as (0,).
 lib.define(
-    "linear_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, "
-    "Tensor state, Tensor key_sum, *, str normalizer, float scale, float norm_scale, float eps, "
+    "linear_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? q_norm, "
+    "Tensor? k_norm, "
+    "Tensor state, Tensor key_sum, *, str normalizer, Scalar scale, Scalar norm_scale, Scalar eps, "
     "bool[5] needs, int[]? orders=None) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm)",
     tags=_TAGS,

@@ -1,4 +1,6 @@
-"""vmap: batch dims are arbitrary, so the mapped dim goes in front and an unmapped tensor gets size 1 there."""
+"""vmap: batch dims are arbitrary, so the mapped dim goes in front and an unmapped tensor gets size
+1 there.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +57,9 @@ def _forward(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Any, A
 
 
 def _backward(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """Each sample has its own gradients: an unmapped tensor is expanded, not broadcast, or they would be summed."""
+    """Each sample has its own gradients: an unmapped tensor is expanded, not broadcast, or they
+    would be summed.
+    """
     front = [_front(t, d) for t, d in zip(args, in_dims, strict=True)]
     empty = kwargs["normalizer"] == "none"
     full = [

@@ -201,7 +201,7 @@ def sequence_first_clamp_min(q, k, v):
     kv = torch.einsum("nld,nlm->ndm", k.transpose(0, 1), v.transpose(0, 1))
     z = 1 / torch.clamp_min(torch.einsum("nld,nd->nl", q.transpose(0, 1), k.sum(0)), 1e-2)
     out = torch.einsum("nld,ndm,nl->nlm", q.transpose(0, 1), kv, z)
-    return out.transpose(0, 1).contiguous().view(N, B, H * D)
+    return out.transpose(0, 1).contiguous().view(-1, B, H * D)
 
 
 @spelling((B, N, H * D), (B, N, H * D), (B, N, H * D))

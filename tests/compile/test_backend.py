@@ -205,7 +205,7 @@ class Named(CustomGraphPass):
         self.calls.append(self.name)
 
     def uuid(self):
-        return self.name
+        return self.name if self.calls is None else None  # None: run every time, cache nothing
 
 
 def test_the_stamp_depends_on_sources_options_and_the_users_passes(monkeypatch):
@@ -250,11 +250,10 @@ def test_passes_of_the_users_still_run():
     calls: list[str] = []
     first, second = Named("options", calls), Named("config", calls)
     x = torch.rand(4)
-    with torch._inductor.config.patch({"force_disable_caches": True}):
-        compiled(plain, inner="inductor", post_grad_custom_pre_pass=first)(x)
-        torch._dynamo.reset()
-        with torch._inductor.config.patch({"post_grad_custom_pre_pass": second}):
-            compiled(plain, inner="inductor")(x)
+    compiled(plain, inner="inductor", post_grad_custom_pre_pass=first)(x)
+    torch._dynamo.reset()
+    with torch._inductor.config.patch({"post_grad_custom_pre_pass": second}):
+        compiled(plain, inner="inductor")(x)
     assert calls == ["options", "config"]
 
 

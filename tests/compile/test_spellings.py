@@ -2,11 +2,13 @@
 touched.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.compile.spellings import NEGATIVES, SPELLINGS, Spelling
+from tests.compile.spellings import NEGATIVES, SPELLINGS, N, Spelling
 from tests.numerics import assert_no_less_accurate
 
 AOT = {"inner": "aot_eager"}
@@ -29,12 +31,21 @@ def test_spelling(case: Spelling) -> None:
     assert counters["bla"]["matched"] == case.matches
 
 
+def longer(case: Spelling) -> list[torch.Tensor]:
+    """The same with another number of tokens and of keys."""
+    longer = {N: N + 7, 28: 31, 50: 53, 60: 64}
+    shapes = tuple(tuple(longer.get(size, size) for size in s) for s in case.shapes)
+    return inputs(replace(case, shapes=shapes), seed=1)
+
+
 @pytest.mark.parametrize("case", [s for s in SPELLINGS if s.dynamic], ids=lambda c: c.name)
 def test_spelling_dynamic(case: Spelling) -> None:
+    """Symbolic sizes: matched as well, and a new length compiles nothing."""
     counters.clear()
     run = compiled(case, dynamic=True)
     assert_no_less_accurate(run, case.function, inputs(case))
-    assert counters["bla"]["matched"] == case.matches
+    assert_no_less_accurate(run, case.function, longer(case))
+    assert counters["bla"] == {"graphs": 1, "matched": case.matches, "refused": 0}
 
 
 @pytest.mark.parametrize("case", NEGATIVES, ids=lambda c: c.name)

@@ -1,5 +1,6 @@
-"""Compile the kernels for GPUs that are not there: record the launches of a call on meta tensors, then run Triton and
-ptxas on exactly those arguments. The recorded launches carry the run-time heuristics' block sizes and warps.
+"""Compile the kernels for GPUs that are not there: record the launches of a call on meta tensors,
+then run Triton and ptxas on exactly those arguments. The recorded launches carry the run-time
+heuristics' block sizes and warps.
 """
 
 import re
@@ -11,10 +12,9 @@ from typing import Any
 
 import torch
 import triton
+from bla_inductor.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from bla_inductor.kernels import launch
 
 KERNELS = (
     "state_kernel",

@@ -1,4 +1,6 @@
-"""Every kernel compiles for sm_80, sm_90 and sm_100 with the run-time heuristics' parameters, and spills nothing."""
+"""Every kernel compiles for sm_80, sm_90 and sm_100 with the run-time heuristics' parameters, and
+spills nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 import ahead_of_time
+from bla_inductor.kernels import heuristics
 
 from bla_inductor import kernels
-from bla_inductor.kernels import heuristics
 from bla_inductor.ops.layout import key_batch
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -59,7 +61,9 @@ def _compile(job):
 
 @pytest.fixture(scope="module")
 def pool():
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # 3.9 warns about a default that will change
+    os.environ.setdefault(
+        "TRITON_DEFAULT_FP_FUSION", "1"
+    )  # 3.9 warns about a default that will change
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
         yield executor
 
@@ -74,8 +78,8 @@ def _check(pool, jobs):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("d", "dtype", "out_dtype"), POINTS)
 def test_no_spills(d, dtype, out_dtype, capability, pool):
-    if capability != 90 and d not in (64, 128):
-        pytest.skip("the grid is thinned to the corners: sm_90 has all head dims")
+    if capability != 90 and (d, dtype) not in ((64, bf16), (128, bf16), (128, fp16)):
+        pytest.skip("the grid is thinned: sm_90 has all head dims")
     launches = _launches(d, dtype, out_dtype, capability)
     assert {"state_kernel", "output_kernel"} <= {item.name for item in launches}
     _check(pool, [(item, capability) for item in launches])
@@ -86,7 +90,9 @@ def test_no_spills_decoupled(pool):
 
 
 def test_lengths_are_not_specialised():
-    """Another length may differ in its divisibility by 16, and in nothing else that Triton compiles for."""
+    """Another length may differ in its divisibility by 16, and in nothing else that Triton compiles
+    for.
+    """
     q = torch.empty(2, 3, 1, 64, dtype=bf16, device="meta")
     seen = set()
     for n in (4096, 8192, 12288):

@@ -1,9 +1,11 @@
-"""The formula of `bla::linear_attention` written out, as a user would write it, and error measures against it.
+"""The formula of `bla::linear_attention` written out, as a user would write it, and error measures
+against it.
 
-`plain` is the naive graph in whatever dtype its inputs have; on fp64 inputs it is the oracle. The operator may
-have the error of the naive graph in the same dtype, or of the exact result rounded once, whichever is larger, times
-FACTOR. In fp32 both are sums of the same terms rounded at every step, and the order of summation alone moves either
-by tens of percent; a 16-bit result is rounded once, after sums that are exact in comparison.
+`plain` is the naive graph in whatever dtype its inputs have; on fp64 inputs it is the oracle. The
+operator may have the error of the naive graph in the same dtype, or of the exact result rounded
+once, whichever is larger, times FACTOR. In fp32 both are sums of the same terms rounded at every
+step, and the order of summation alone moves either by tens of percent; a 16-bit result is rounded
+once, after sums that are exact in comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def plain(
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
 ) -> Tensor:
-    """scale · q (kᵀ v) / guard(norm_scale · q' Σk'), in the inputs' dtype, or in `out_dtype` after an upcast."""
+    """scale · q (kᵀ v) / guard(norm_scale · q' Σk'), in the inputs' dtype, or in `out_dtype` after
+    an upcast.
+    """
     if out_dtype is not None:
         q, k, v = q.to(out_dtype), k.to(out_dtype), v.to(out_dtype)
         q_norm = None if q_norm is None else q_norm.to(out_dtype)
@@ -71,7 +75,9 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 
 def assert_within_budget(tensors: Sequence[Tensor | None], do: Tensor, **kwargs: Any) -> None:
-    """Output and gradients of the operator against the fp64 oracle, next to the naive graph's own error."""
+    """Output and gradients of the operator against the fp64 oracle, next to the naive graph's own
+    error.
+    """
     ours = results(operator, tensors, do, **kwargs)
     wide = [None if t is None else t.double() for t in tensors]
     oracle = results(plain, wide, do.double(), **{**kwargs, "out_dtype": None})
@@ -85,19 +91,35 @@ def assert_within_budget(tensors: Sequence[Tensor | None], do: Tensor, **kwargs:
         assert error <= budget, f"{name}: error {error:.3e}, budget {budget:.3e}"
 
 
+def median_normaliser(tensors: Sequence[Tensor | None], norm_scale: float = 1.0) -> float:
+    """The median of z: clamped there, half of the rows are at the bound."""
+    q, k, _, q_norm, k_norm = (*tensors, None, None)[:5]
+    q, k = q if q_norm is None else q_norm, k if k_norm is None else k_norm
+    assert q is not None
+    assert k is not None
+    z = q.double() @ k.double().sum(-2).unsqueeze(-1) * norm_scale
+    return z.median().item()
+
+
 def positive(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Like φ(q) and φ(k) after relu: a normaliser well away from zero, about half the entries zero."""
+    """Like φ(q) and φ(k) after relu: a normaliser well away from zero, about half the entries
+    zero.
+    """
     return torch.randn(shape, device=device).relu().to(dtype)
 
 
-def heads_inside(*shape: int, dtype: torch.dtype, device: str = "cpu", signed: bool = False) -> Tensor:
+def heads_inside(
+    *shape: int, dtype: torch.dtype, device: str = "cpu", signed: bool = False
+) -> Tensor:
     """(B, H, N, D) whose memory is (B, N, H, D): the layout of a qkv projection."""
     b, h, n, d = shape
     x = torch.randn(b, n, h, d, device=device)
     return (x if signed else x.relu()).to(dtype).transpose(1, 2)
 
 
-def tokens_last(*shape: int, dtype: torch.dtype, device: str = "cpu", signed: bool = False) -> Tensor:
+def tokens_last(
+    *shape: int, dtype: torch.dtype, device: str = "cpu", signed: bool = False
+) -> Tensor:
     """(B, H, N, D) whose memory is (B, H, D, N): the layout of a 1×1 convolution."""
     b, h, n, d = shape
     x = torch.randn(b, h, d, n, device=device)

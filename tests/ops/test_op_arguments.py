@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one case a line)
 """Argument errors with their text, result layouts, and agreement of fake with real tensors."""
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""opcheck, first and second derivatives, vmap, autocast, compilation, FLOP counting, and a cold import."""
+"""opcheck, first and second derivatives, vmap, autocast, compilation, FLOP counting, and a cold
+import.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +76,20 @@ def test_gradient_of_vmap_and_nested_transforms():
         torch.testing.assert_close(transform(_loss(operator))(k), transform(_loss(plain))(k))
 
 
+@pytest.mark.parametrize(("normalizer", "decoupled"), CASES)
+def test_batched_incoming_gradients(normalizer, decoupled):
+    """vmap of the backward alone: the saved tensors are unmapped, yet each sample has its own dk."""
+    leaves = _tensors(decoupled)
+    do = torch.randn(4, 2, 3, 5, 3, dtype=f64)
+    ours, exact = (
+        torch.autograd.grad(
+            f(*leaves, normalizer=normalizer, eps=0.5), leaves, do, is_grads_batched=True
+        )
+        for f in (operator, plain)
+    )
+    torch.testing.assert_close(ours, exact)
+
+
 def test_vmap_moves_the_out_order_along():
     q, k, v = (torch.rand(2, 3, 5, 4) for _ in range(3))
     out = vmap(lambda q, k, v: operator(q, k, v, out_order=[1, 0, 2]))(q, k, v)
@@ -115,7 +131,9 @@ def test_second_derivative_under_autocast():
 def test_compiled_with_aot_autograd(dynamic):
     def f(q, k, v):
         n = q.shape[-2]
-        out = operator(q * 2, k, v, normalizer="add", scale=n**-0.5, eps=0.5, out_order=[0, 2, 1, 3])
+        out = operator(
+            q * 2, k, v, normalizer="add", scale=n**-0.5, eps=0.5, out_order=[0, 2, 1, 3]
+        )
         return out.transpose(1, 2).flatten(2)
 
     run = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=dynamic)

@@ -1,4 +1,6 @@
-"""Values and gradients of the ATen path against the formula in fp64, next to the naive graph's own error."""
+"""Values and gradients of the ATen path against the formula in fp64, next to the naive graph's own
+error.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_float64_equals_the_formula(normalizer, decoupled, n, m):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_both_associations_agree(grad):
-    """Without gradients a short sequence takes (q kᵀ) v; with them the state is kept for the backward."""
+    """Without gradients a short sequence takes (q kᵀ) v; with them the state is kept for the
+    backward.
+    """
     q, k, v = (torch.rand(2, 6, 32, dtype=torch.float64, requires_grad=grad) for _ in range(3))
     torch.testing.assert_close(
         operator(q, k, v, normalizer="add", eps=0.5), plain(q, k, v, normalizer="add", eps=0.5)
@@ -155,7 +159,10 @@ def test_every_element_is_written(out_order, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan"))
     )
-    tensors = [torch.rand(2, h, s, d) for h, s, d in ((3, 9, 4), (1, 7, 4), (3, 7, 5), (1, 9, 2), (3, 7, 2))]
+    tensors = [
+        torch.rand(2, h, s, d)
+        for h, s, d in ((3, 9, 4), (1, 7, 4), (3, 7, 5), (1, 9, 2), (3, 7, 2))
+    ]
     do = torch.rand(2, 3, 9, 5)
     for value in results(
         operator, tensors, do, normalizer="add", eps=0.5, out_order=out_order
