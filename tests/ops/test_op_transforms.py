@@ -78,7 +78,7 @@ def test_gradient_of_vmap_and_nested_transforms():
 
 @pytest.mark.parametrize(("normalizer", "decoupled"), CASES)
 def test_batched_incoming_gradients(normalizer, decoupled):
-    """vmap of the backward alone: the saved tensors are unmapped, yet each sample has its own dk."""
+    """vmap of the backward alone: the saved tensors are unmapped, each sample has its own dk."""
     leaves = _tensors(decoupled)
     do = torch.randn(4, 2, 3, 5, 3, dtype=f64)
     ours, exact = (
@@ -88,6 +88,23 @@ def test_batched_incoming_gradients(normalizer, decoupled):
         for f in (operator, plain)
     )
     torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize(("normalizer", "decoupled"), CASES)
+def test_vmap_of_the_backward_operator(normalizer, decoupled):
+    tensors = [t.detach() for t in _tensors(decoupled)]
+    arguments = {"normalizer": normalizer, "scale": 0.7, "norm_scale": 0.3, "eps": 0.5}
+    _, state, key_sum = torch.ops.bla.linear_attention_forward(*tensors, **arguments)
+    saved = (*tensors, *(None,) * (5 - len(tensors)), state, key_sum)
+    needs = [i < len(tensors) for i in range(5)]
+
+    def f(do):
+        grads = torch.ops.bla.linear_attention_backward(do, *saved, **arguments, needs=needs)
+        return grads[: len(tensors)]
+
+    do = torch.randn(4, 2, 3, 5, 3, dtype=f64)
+    looped = tuple(torch.stack(g) for g in zip(*map(f, do), strict=True))
+    torch.testing.assert_close(vmap(f)(do), looped)
 
 
 def test_vmap_moves_the_out_order_along():
