@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: test demo lint format clean
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo_sana.py $(ARGS)

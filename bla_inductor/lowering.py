@@ -72,7 +72,11 @@ def _forward(*args: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, Tenso
 
 @_off_cuda(bla.linear_attention_backward.default)
 def _backward(do: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    grads = aten.backward(do, q, *args, *_numbers(kwargs), kwargs["needs"])
+    k, v, q_norm, k_norm, state, key_sum = args
+    numbers = _numbers(kwargs)
+    grads = aten.backward(
+        do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, needs=kwargs["needs"]
+    )
     rank, orders = q.dim(), kwargs.get("orders")
     return tuple(
         q.new_empty(0)

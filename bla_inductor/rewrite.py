@@ -21,6 +21,7 @@ from bla_inductor.cost import decide
 from bla_inductor.nearest import nearest
 from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY
+from bla_inductor.plan import Plan
 from bla_inductor.report import Match, Refusal, Report, locate
 from bla_inductor.select import Selection, has_effect, select
 from bla_inductor.wording import dtypes, feature_maps, formula, sizes
@@ -59,7 +60,9 @@ def _rewrite(
         report.refusals += selection.refusals
         if not selection.plans and not report.refusals:
             report.refusals += nearest(gm, seen)
-        if selection.plans:
+        if options.rewrite == "off":
+            report.refusals += [_only_reported(plan) for plan, _ in selection.plans]
+        elif selection.plans:
             _apply(gm, seen, selection, report)
     report.seconds = time.perf_counter() - start
     for body in seen.bodies:
@@ -83,6 +86,11 @@ def _apply(gm: fx.GraphModule, seen: Observation, selection: Selection, report: 
     _erase_dead(gm, seen, used, selection.needed)
     gm.graph.lint()
     gm.recompile()
+
+
+def _only_reported(plan: Plan) -> Refusal:
+    why = f"it matches, {formula(plan)}, but options={{'rewrite': 'off'}} asks for a report alone"
+    return Refusal(FAMILY, why, plan.location, plan.root.name)
 
 
 def _erase_dead(

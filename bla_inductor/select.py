@@ -19,7 +19,6 @@ from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY, LinearAttention, Mismatch, match
 from bla_inductor.plan import Plan
 from bla_inductor.report import Refusal, locate
-from bla_inductor.wording import formula
 
 __all__ = ["Selection", "has_effect", "select"]
 
@@ -39,7 +38,7 @@ def select(gm: fx.GraphModule, seen: Observation, options: Options) -> Selection
     """Find the places to rewrite, and write the new nodes before them; nothing reads those yet.
 
     A root that cannot be emitted leaves nothing behind, and the nodes inside it get their turn.
-    With options.rewrite == "off" every match is told as a refusal.
+    With options.rewrite == "off" nothing is written, and each plan's node is its root.
     """
     return _Selector(gm, seen, options).run()
 
@@ -138,7 +137,9 @@ class _Selector:
         try:
             plan = Plan.make(node, attention, self.seen, self.catalogue, location)
             refusal = self.objection(plan)
-            return refusal or (plan, plan.emit(emitter, self.seen))
+            if refusal is not None or self.options.rewrite == "off":
+                return refusal or (plan, node)
+            return plan, plan.emit(emitter, self.seen)
         except Unemittable as reason:
             emitter.undo()
             return Refusal(FAMILY, str(reason), location, node.name)
@@ -151,9 +152,6 @@ class _Selector:
             return Refusal(FAMILY, decision.reason, location, node.name)
         if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):
             why = "it is a view of a tensor that is modified in place later"
-            return Refusal(FAMILY, why, location, node.name)
-        if self.options.rewrite == "off":
-            why = f"it matches, {formula(plan)}, but options={{'rewrite': 'off'}} asks for a report"
             return Refusal(FAMILY, why, location, node.name)
         return None
 

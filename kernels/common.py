@@ -41,7 +41,8 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
     native: b rounded to a's 16-bit type.   tf32: both rounded to tf32. fp16 is a subset of tf32
     with fp32's range, so fp16 operands lose nothing and fp32 ones cannot overflow.   ieee: fp32 on
-    the CUDA cores.
+    the CUDA cores.   tf32x2: b as two tf32 parts beside a 16-bit a, three products beside an fp32
+    a.
     """
     if PRECISION == "native":
         return tl.dot(a, b.to(a.dtype), acc)
@@ -49,6 +50,13 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32) if a.dtype != tl.float32 else round_tf32(a)
         b = b.to(tl.float32) if b.dtype != tl.float32 else round_tf32(b)
         return tl.dot(a, b, acc, input_precision="tf32")
+    elif PRECISION == "tf32x2":
+        if a.dtype == tl.float32:
+            return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32x3")
+        a = a.to(tl.float32)
+        high = round_tf32(b.to(tl.float32))
+        low = b.to(tl.float32) - high
+        return tl.dot(a, high, tl.dot(a, low, acc, input_precision="tf32"), input_precision="tf32")
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 

@@ -227,6 +227,7 @@ def forward(
     scale: float,
     norm_scale: float,
     eps: float,
+    upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Write `out` (any strides); return state and key_sum, fp32, with the key side's `batch`."""
     normalized = normalizer != "none"
@@ -244,7 +245,7 @@ def forward(
             None,
             normalizer,
             (scale, norm_scale, eps),
-            output_precision(q.dtype, out.dtype),
+            output_precision(q.dtype, out.dtype, upcast=upcast),
         )
     return state, key_sum
 
@@ -285,12 +286,13 @@ def backward(
     scale: float,
     norm_scale: float,
     eps: float,
+    upcast: bool = False,
 ) -> None:
     """Write the gradients of q, k, v, q_norm, k_norm that are not None (any strides, the inputs'
     shapes).
     """
     numbers = (scale, norm_scale, eps)
-    precision = backward_precision(q.dtype, do.dtype)
+    precision = backward_precision(q.dtype, do.dtype, upcast=upcast)
     DN = (q if q_norm is None else q_norm).shape[-1]
     capability = heuristics.capability(q.device)
     wide = heuristics.wide_backward(q.shape[-1], v.shape[-1], DN, precision, capability)

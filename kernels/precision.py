@@ -7,6 +7,9 @@ The yardstick is the error of the user's own graph.
   bf16 the state is split into three bf16 parts. Products of fp16 have 22 bits, and tensor cores,
   which cut off instead of rounding, lose bits of their sums (3 times the error of the user's graph
   on H100): "ieee", fp32 on the CUDA cores.
+- `upcast` says that the user's graph contracted in float32 although inputs and result have 16 bit:
+  only the result is rounded, so the state may not be. Two tf32 parts of it ("tf32x2", 22 bits) are
+  enough for fp16; gradients in bf16 are rounded so much more that one part is.
 - float32 inputs follow `torch.get_float32_matmul_precision()`: "highest" is ieee, else tf32. Three
   tf32 products would carry enough bits, but are added up with the same truncation: 2 to 5 times the
   error (H100).
@@ -27,21 +30,25 @@ def state_precision(dtype: torch.dtype, out_dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float16 and out_dtype == torch.float32 else "native"
 
 
-def output_precision(dtype: torch.dtype, out_dtype: torch.dtype) -> str:
+def output_precision(dtype: torch.dtype, out_dtype: torch.dtype, *, upcast: bool = False) -> str:
     """One operand is an input, the other the fp32 state."""
     if dtype == torch.float32:
         return float32_precision()
     if dtype == torch.bfloat16:
-        return "native" if out_dtype == torch.bfloat16 else "split"
-    return "ieee" if out_dtype == torch.float32 else "tf32"
+        return "native" if out_dtype == torch.bfloat16 and not upcast else "split"
+    if out_dtype == torch.float32:
+        return "ieee"
+    return "tf32x2" if upcast else "tf32"
 
 
-def backward_precision(dtype: torch.dtype, do_dtype: torch.dtype) -> str:
+def backward_precision(dtype: torch.dtype, do_dtype: torch.dtype, *, upcast: bool = False) -> str:
     """Gradients are rounded to the inputs' dtype at the end: for bf16 tf32 suffices even with a
     float32 `do`.
     """
     if dtype == torch.float32:
         return float32_precision()
     if dtype == torch.bfloat16:
-        return "native" if do_dtype == torch.bfloat16 else "tf32"
-    return "ieee" if do_dtype == torch.float32 else "tf32"
+        return "native" if do_dtype == torch.bfloat16 and not upcast else "tf32"
+    if do_dtype == torch.float32:
+        return "ieee"
+    return "tf32x2" if upcast else "tf32"

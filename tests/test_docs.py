@@ -24,7 +24,7 @@ def test_the_examples_run_in_order(monkeypatch, capsys, tmp_path):
         file.write_text(block)
         exec(compile(block, str(file), "exec"), names)
     assert counters["bla"]["matched"] == 1
-    assert f"{tmp_path / 'block0.py'}:5" in capsys.readouterr().out
+    assert f"{tmp_path / 'block0.py'}:6" in capsys.readouterr().out
 
 
 def test_the_first_example_is_short():

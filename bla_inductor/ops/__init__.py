@@ -18,9 +18,10 @@ float64.
 | `"add"` | z + eps | eps may be 0 |
 | `"clamp"` | max(z, eps) | the gradient of z is zero where z < eps |
 
-`out_dtype` defaults to the inputs' dtype; 16-bit inputs with a float32 result are computed to
-float32 accuracy. `out_order` lists the result's dims from outermost to innermost in memory; the
-result is dense in that order (default: contiguous).
+`upcast=True`: the formula was written in float32 although inputs and result have 16 bit, so only
+the result may be rounded. `out_dtype` defaults to the inputs' dtype; 16-bit inputs with a float32
+result are computed to float32 accuracy. `out_order` lists the result's dims from outermost to
+innermost in memory; the result is dense in that order (default: contiguous).
 
 `linear_attention_forward` also returns what the backward needs: the state Σ_m kᵀv (*key batch, D,
 Dv) and Σ_m k' (*key batch, D'), fp32 (fp64 for fp64 inputs), where the key batch is k, v and k_norm

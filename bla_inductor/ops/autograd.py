@@ -18,7 +18,13 @@ from bla_inductor.ops.schema import (
     linear_attention_forward,
 )
 
-_DEFAULTS = {"normalizer": "none", "scale": 1.0, "norm_scale": 1.0, "eps": 0.0}
+_DEFAULTS = {
+    "normalizer": "none",
+    "scale": 1.0,
+    "norm_scale": 1.0,
+    "eps": 0.0,
+    "upcast": False,
+}
 
 
 class _LinearAttention(torch.autograd.Function):

@@ -32,6 +32,7 @@ def _forward_aten(
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
     with aten.without_autocast(q.device.type):
@@ -56,6 +57,7 @@ def _attention_aten(
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> Tensor:
     check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
     with aten.without_autocast(q.device.type):
@@ -81,6 +83,7 @@ def _backward_aten(
     eps: float,
     needs: Sequence[bool],
     orders: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, ...]:
     with aten.without_autocast(q.device.type):
         grads = aten.backward(
@@ -132,6 +135,7 @@ def _forward_cuda(
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
     dtype = out_dtype or q.dtype
@@ -149,7 +153,7 @@ def _forward_cuda(
         )
     out = empty_dense(q, [*query_batch(tensors), q.shape[-2], v.shape[-1]], dtype, out_order)
     state, key_sum = kernels.forward(
-        out, *tensors, key_batch(k, v, k_norm), normalizer, scale, norm_scale, eps
+        out, *tensors, key_batch(k, v, k_norm), normalizer, scale, norm_scale, eps, upcast
     )
     return out, state, key_sum
 
@@ -174,6 +178,7 @@ def _backward_cuda(
     eps: float,
     needs: Sequence[bool],
     orders: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, ...]:
     tensors = (q, k, v, q_norm, k_norm)
     kernels = _kernels(tensors, do.dtype)
@@ -197,7 +202,8 @@ def _backward_cuda(
         else None
         for i, t in enumerate(tensors)
     ]
-    kernels.backward(grads, do, *tensors, state, key_sum, normalizer, scale, norm_scale, eps)
+    numbers = (scale, norm_scale, eps)
+    kernels.backward(grads, do, *tensors, state, key_sum, normalizer, *numbers, upcast)
     return tuple(q.new_empty(0) if g is None else g for g in grads)
 
 

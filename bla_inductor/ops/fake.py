@@ -26,6 +26,7 @@ def _attention(
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> Tensor:
     check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
     sizes = [*query_batch((q, k, v, q_norm, k_norm)), q.shape[-2], v.shape[-1]]
@@ -45,6 +46,7 @@ def _forward(
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = _attention(
         q, k, v, q_norm, k_norm, normalizer=normalizer, out_dtype=out_dtype, out_order=out_order
@@ -73,6 +75,7 @@ def _backward(
     eps: float,
     needs: Sequence[bool],
     orders: Sequence[int] | None = None,
+    upcast: bool = False,
 ) -> tuple[Tensor, ...]:
     rank = q.dim()
     return tuple(

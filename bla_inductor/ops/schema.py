@@ -13,7 +13,7 @@ lib = Library("bla", "DEF")
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? q_norm=None, Tensor? k_norm=None"
 _NUMBERS = (
     'str normalizer="none", Scalar scale=1.0, Scalar norm_scale=1.0, Scalar eps=0.0, '
-    "ScalarType? out_dtype=None, int[]? out_order=None"
+    "ScalarType? out_dtype=None, int[]? out_order=None, bool upcast=False"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
@@ -31,7 +31,7 @@ lib.define(
     "linear_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? q_norm, "
     "Tensor? k_norm, "
     "Tensor state, Tensor key_sum, *, str normalizer, Scalar scale, Scalar norm_scale, Scalar eps, "
-    "bool[5] needs, int[]? orders=None) "
+    "bool[5] needs, int[]? orders=None, bool upcast=False) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dq_norm, Tensor dk_norm)",
     tags=_TAGS,
 )
