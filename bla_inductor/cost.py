@@ -15,6 +15,10 @@ __all__ = ["KERNEL_LIMIT", "Decision", "Problem", "decide"]
 KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Triton kernels take
 
 
+_ALWAYS = "options={'rewrite': 'always'} overrides this"
+_INSIDE = {"scores": "matrix of scores q·kᵀ", "state": "state kᵀv"}
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Sizes (hints, where symbolic): `batch` heads in all, queries, keys, feature and value
@@ -26,9 +30,11 @@ class Problem:
     m: int
     c: int
     d: int
-    quadratic: bool
+    quadratic: bool  # written as (qkᵀ)v
+    normalised: bool
     device: str
     itemsize: int
+    alive: str = ""  # a product inside that other code reads too: "scores", "state", "numerator"
 
     def linear_flops(self) -> int:
         return 2 * self.batch * (self.n + self.m) * self.c * self.d
@@ -55,13 +61,27 @@ def decide(p: Problem) -> Decision:
             f"head dims of {p.c} and {p.d}: the kernels take at most {KERNEL_LIMIT}; a state "
             "of that size is matrix-bound, and a plain GEMM is as fast",
         )
+    if not p.normalised and p.m <= max(p.c, p.d):
+        return Decision(
+            False,
+            f"a product of three matrices with no long axis: it sums over M={p.m}, and the state "
+            f"is {p.c}×{p.d}, no smaller than what it is made of. {_ALWAYS}",
+        )
+    if p.alive == "scores" or (p.alive == "state" and not p.normalised):
+        return Decision(
+            False,
+            f"its {_INSIDE[p.alive]} is read by other code as well, so it would be computed twice. "
+            f"{_ALWAYS}",
+        )
+    if p.alive == "numerator":
+        return Decision(False, "its numerator is read by other code as well, and is replaced alone")
     gain = p.quadratic_flops() / max(p.linear_flops(), 1)
     if p.quadratic and p.device == "cuda" and gain < 1:
         return Decision(
             False,
             f"written as (qkᵀ)v with N={p.n}, M={p.m} against D={p.c}, Dv={p.d}: that order takes "
-            f"{1 / gain:.1f}× fewer FLOPs than q(kᵀv), so it stays; "
-            "options={'rewrite': 'always'} overrides",
+            f"{1 / gain:.1f}× fewer FLOPs than q(kᵀv), so it stays. "
+            f"{_ALWAYS}",
         )
     if p.quadratic and gain > 1:
         return Decision(True, f"q(kᵀv) instead of (qkᵀ)v: {gain:.1f}× fewer FLOPs, no N×M matrix")

@@ -44,12 +44,13 @@ class Emitter:
         self._fakes: dict[fx.Node, Any] = dict(seen.tensors)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node, and what it computes on fake tensors; nothing is inserted if that fails."""
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), self.fake)
+        result = target(*fake_args, **fake_kwargs)
         with self._graph.inserting_before(self._root):
             node = self._graph.call_function(target, args, kwargs)
         self._new.append(node)
         node.meta.update({k: self._root.meta[k] for k in _COPIED if k in self._root.meta})
-        fake_args, fake_kwargs = fx.map_arg((args, kwargs), self.fake)
-        result = target(*fake_args, **fake_kwargs)
         node.meta["example_value"] = self._fakes[node] = result
         return node
 

@@ -6,18 +6,26 @@ its best order, so that feature maps, scales and casts fuse into Inductor's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.decomposition import register_decomposition
 
 from bla_inductor.ops import aten
 
-__all__: list[str] = []
+__all__ = ["decompositions"]
 
 bla = torch.ops.bla
+
+
+def decompositions(config: Mapping[str, Any]) -> dict[Any, Callable[..., Any]]:
+    """Inductor's table of decompositions under `config`, and those of our operators."""
+    import torch._inductor.config as inductor
+    from torch._inductor.decomposition import select_decomp_table
+
+    with inductor.patch(dict(config)):
+        return {**select_decomp_table(), **_OURS}
 
 
 def _laid_out(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Tensor:
@@ -29,54 +37,61 @@ def _laid_out(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Ten
     return x.permute(list(order)).contiguous().permute(inverse)
 
 
-def _off_cuda(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decompose on every device but CUDA."""
-
-    def register(decomposition: Callable[..., Any]) -> Callable[..., Any]:
-        def decompose(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if first.device.type == "cuda":
-                return NotImplemented
-            return decomposition(first, *args, **kwargs)
-
-        register_decomposition(list(operators))(decompose)
-        return decompose
-
-    return register
+def _numbers(kwargs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    return (
+        kwargs.get("normalizer", "none"),
+        kwargs.get("scale", 1.0),
+        kwargs.get("norm_scale", 1.0),
+        kwargs.get("eps", 0.0),
+    )
 
 
-def _numbers(kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    defaults = {"normalizer": "none", "scale": 1.0, "norm_scale": 1.0, "eps": 0.0}
-    return tuple(kwargs.get(name, default) for name, default in defaults.items())
-
-
-def _five(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return (*tensors, *(None,) * (5 - len(tensors)))
-
-
-@_off_cuda(bla.linear_attention.default)
-def _attention(*args: Tensor | None, **kwargs: Any) -> Tensor:
-    q, *others = _five(args)
-    out, _, _ = aten.forward(q, *others, *_numbers(kwargs), keep_state=False)
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    if q.device.type == "cuda":
+        return NotImplemented
+    out, _, _ = aten.forward(q, k, v, q_norm, k_norm, *_numbers(kwargs), keep_state=False)
     return _laid_out(out, kwargs.get("out_dtype") or q.dtype, kwargs.get("out_order"))
 
 
-@_off_cuda(bla.linear_attention_forward.default)
-def _forward(*args: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, *others = _five(args)
-    out, state, key_sum = aten.forward(q, *others, *_numbers(kwargs), keep_state=True)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cuda":
+        return NotImplemented
+    out, state, key_sum = aten.forward(q, k, v, q_norm, k_norm, *_numbers(kwargs), keep_state=True)
     assert state is not None
     assert key_sum is not None
     result = _laid_out(out, kwargs.get("out_dtype") or q.dtype, kwargs.get("out_order"))
     return result, state, key_sum
 
 
-@_off_cuda(bla.linear_attention_backward.default)
-def _backward(do: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    k, v, q_norm, k_norm, state, key_sum = args
+def _backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    state: Tensor,
+    key_sum: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    if q.device.type == "cuda":
+        return NotImplemented
     numbers = _numbers(kwargs)
-    grads = aten.backward(
-        do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, needs=kwargs["needs"]
-    )
+    grads = aten.backward(do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, kwargs["needs"])
     rank, orders = q.dim(), kwargs.get("orders")
     return tuple(
         q.new_empty(0)
@@ -84,3 +99,10 @@ def _backward(do: Tensor, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor,
         else _laid_out(grad, q.dtype, orders and orders[i * rank : (i + 1) * rank])
         for i, grad in enumerate(grads)
     )
+
+
+_OURS: dict[Any, Callable[..., Any]] = {
+    bla.linear_attention.default: _attention,
+    bla.linear_attention_forward.default: _forward,
+    bla.linear_attention_backward.default: _backward,
+}

@@ -11,6 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -28,8 +29,9 @@ from bla_inductor.algebra import (
     equal,
 )
 from bla_inductor.algebra.index import substitute_axes
+from bla_inductor.emit import Unemittable, grouped
 
-__all__ = ["Catalogue", "Source"]
+__all__ = ["Catalogue", "Operand", "Source", "source_of"]
 
 _MOST_FACTORS = 5
 
@@ -46,6 +48,50 @@ class Source:
     dtype: torch.dtype
 
 
+def source_of(read: Read) -> Source:
+    """A factor of its own as it stands in the graph."""
+    if read.leaf.node is None:
+        raise Unemittable("a factor inside one operator cannot be separated from it")
+    return Source(read.leaf.node, read.axes, 1.0, read.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A product of factors as (*batch, rows, columns) of the operator."""
+
+    factors: tuple[Factor, ...]
+    source: Source | None
+    rows: tuple[Index, ...]
+    columns: tuple[Index, ...]
+
+    @property
+    def reads(self) -> list[Read]:
+        return [f for f in self.factors if isinstance(f, Read)]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.source is not None:
+            return self.source.dtype
+        return min((r.dtype for r in self.reads), key=lambda d: d.itemsize)
+
+    @property
+    def coef(self) -> Any:
+        return 1.0 if self.source is None else self.source.coef
+
+    @property
+    def nodes(self) -> list[tuple[fx.Node, int]]:
+        """The nodes that are read, with each leaf's birth, or -1 for a product of the user's."""
+        if self.source is not None:
+            born = self.reads[0].leaf.born if len(self.reads) == len(self.factors) == 1 else -1
+            return [(self.source.node, born)]
+        return [(r.leaf.node, r.leaf.born) for r in self.reads if r.leaf.node is not None]
+
+    def order(self, indices: Sequence[Index]) -> Axis:
+        """`indices` in the order in which the operand has them in memory, nearly always."""
+        axes = self.source.axes if self.source is not None else self.reads[0].axes
+        return grouped([i for axis in axes for i in axis], {"": indices})[""]
+
+
 class Catalogue:
     """The plain products among the tensors of an observed graph."""
 
@@ -53,7 +99,9 @@ class Catalogue:
         self._products: dict[tuple[int, ...], list[fx.Node]] = defaultdict(list)
         self._seen = seen
         for node, value in seen.values.items():
-            if not value.term.bound and 1 < len(value.term.factors) <= _MOST_FACTORS:
+            factors = value.term.factors
+            plain = len(factors) == 1 and isinstance(factors[0], Read)
+            if not value.term.bound and not plain and len(factors) <= _MOST_FACTORS:
                 self._products[_key(value.term.factors)].append(node)
 
     def find(self, factors: Sequence[Factor], before: fx.Node) -> Source | None:

@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
-from bla_inductor.algebra import Axes, Axis, Factor, Index, Observation, Read, product
+from bla_inductor.algebra import Axes, Axis, Factor, Index, Observation, Read, Value, product
 from bla_inductor.cost import KERNEL_LIMIT, Problem
 from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
-from bla_inductor.operands import Catalogue, Source
+from bla_inductor.operands import Catalogue, Operand, Source, source_of
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.report import Location
 
@@ -28,43 +28,6 @@ __all__ = ["Plan"]
 aten = torch.ops.aten
 _INDIFFERENT = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """A product of factors as (*batch, rows, columns) of the operator."""
-
-    factors: tuple[Factor, ...]
-    source: Source | None
-    rows: tuple[Index, ...]
-    columns: tuple[Index, ...]
-
-    @property
-    def reads(self) -> list[Read]:
-        return [f for f in self.factors if isinstance(f, Read)]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        if self.source is not None:
-            return self.source.dtype
-        return min((r.dtype for r in self.reads), key=lambda d: d.itemsize)
-
-    @property
-    def coef(self) -> Any:
-        return 1.0 if self.source is None else self.source.coef
-
-    @property
-    def nodes(self) -> list[tuple[fx.Node, int]]:
-        """The nodes that are read, with each leaf's birth, or -1 for a product of the user's."""
-        if self.source is not None:
-            born = self.reads[0].leaf.born if len(self.reads) == len(self.factors) == 1 else -1
-            return [(self.source.node, born)]
-        return [(r.leaf.node, r.leaf.born) for r in self.reads if r.leaf.node is not None]
-
-    def order(self, indices: Sequence[Index]) -> Axis:
-        """`indices` in the order in which the operand has them in memory, nearly always."""
-        axes = self.source.axes if self.source is not None else self.reads[0].axes
-        return grouped([i for axis in axes for i in axis], {"": indices})[""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +46,7 @@ class Plan:
     d: Axis
     out_order: tuple[int, ...] | None
     dtype: torch.dtype
+    outer: tuple[tuple[Factor, Source], ...]  # what multiplies the result, and where it is
     exact: bool  # somebody may notice the strides of the result
     location: Location  # the user's line
 
@@ -135,6 +99,7 @@ class Plan:
             d,
             tuple(order) if dense and order != sorted(order) else None,
             tensor.dtype,
+            tuple((f, _outer(f, catalogue, root)) for f in found.outer),
             exact,
             location,
         )
@@ -151,6 +116,12 @@ class Plan:
             "k_norm": self.k_norm,
         }
         return {name: operand for name, operand in named.items() if operand is not None}
+
+    @property
+    def reads(self) -> list[tuple[fx.Node, int]]:
+        """The nodes that the operator reads, and since when each holds the value that is meant."""
+        operands = [pair for operand in self.operands.values() for pair in operand.nodes]
+        return operands + [(source.node, -1) for _, source in self.outer]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -178,15 +149,13 @@ class Plan:
             if dtype not in _DTYPES:
                 raise Unemittable(f"dtype {dtype}: the operator takes fp16, bf16, fp32 and fp64")
         at = seen.position[self.root]
-        outer = [Operand((f,), None, (), ()) for f in self.found.outer]
-        for operand in [*self.operands.values(), *outer]:
-            for node, born in operand.nodes:
-                after = born if born >= 0 else seen.position[node]
-                if seen.written(node, after, before=at):
-                    raise Unemittable(
-                        f"`{node}` is modified in place after it was read; "
-                        "write it out of place (x = x + y instead of x += y)"
-                    )
+        for node, born in self.reads:
+            after = born if born >= 0 else seen.position[node]
+            if seen.written(node, after, before=at):
+                raise Unemittable(
+                    f"`{node}` is modified in place after it was read; "
+                    "write it out of place (x = x + y instead of x += y)"
+                )
         if self.q_norm is not None and self.k_norm is not None:
             rows = seen.hint(product(i.size for i in self.k_norm.rows))
             if rows != seen.hint(product(i.size for i in self.k.rows)):
@@ -203,9 +172,44 @@ class Plan:
             c=size(self.k.columns),
             d=size(self.d),
             quadratic=self.found.quadratic,
+            normalised=self.found.normaliser is not None,
+            alive=self._alive(seen),
             device=seen.tensors[self.root].device.type,
             itemsize=self.compute_dtype.itemsize,
         )
+
+    def _alive(self, seen: Observation) -> str:
+        """Which product inside stays alive, because nodes outside read it: the costliest one."""
+        inside: set[fx.Node] = set()
+        pending, reads = list(self.root.all_input_nodes), {node for node, _ in self.reads}
+        while pending:
+            node = pending.pop()
+            if node not in inside and node not in reads and node in seen.values:
+                inside.add(node)
+                pending += node.all_input_nodes
+        dead = {self.root}
+        for node in sorted(inside, key=seen.position.__getitem__, reverse=True):
+            if all(user in dead for user in node.users):
+                dead.add(node)
+        kinds = {self._kind(seen.values[node]) for node in inside - dead}
+        return next((kind for kind in ("scores", "numerator", "state") if kind in kinds), "")
+
+    def _kind(self, value: Value) -> str:
+        """What a tensor inside the attention is, by the letters that it has."""
+        if value.term.depth < 1 or len(value.term.factors) < 2:
+            return ""
+        leaves = {leaf for f in value.term.factors for leaf in f.leaves()}
+        of_q, of_k, of_v = (
+            bool(leaves & {leaf for f in o.factors for leaf in f.leaves()})
+            for o in (self.q, self.k, self.v)
+        )
+        sizes = [i.size for axis in value.axes for i in axis]
+        if of_q and of_k and of_v:
+            return "numerator"
+        if of_k and of_v:
+            return "state"
+        has_m = all(i.size in sizes for i in self.k.rows)
+        return "scores" if of_q and of_k and has_m and len(sizes) > len(self.batch) + 1 else ""
 
     def emit(self, emitter: Emitter, seen: Observation) -> fx.Node:
         """Write the operator and what surrounds it; the node that takes the place of `root`."""
@@ -228,8 +232,8 @@ class Plan:
             torch.ops.bla.linear_attention.default, nodes["q"], nodes["k"], nodes["v"], **kwargs
         )
         axes: Axes = (*((i,) for i in self.batch), self.n, self.d)
-        for factor in self.found.outer:
-            result = self._times(emitter, result, factor, axes)
+        for factor, source in self.outer:
+            result = _times(emitter, result, factor, source, axes)
         target = seen.values[self.root].axes
         result = emitter.laid_out(result, axes, target, [False] * len(target))
         result = emitter.cast(result, self.dtype)
@@ -287,19 +291,29 @@ class Plan:
             node = emitter.cast(node, self.compute_dtype)
             return emitter.laid_out(node, operand.source.axes, target, fill)
         (first, *rest) = sorted(operand.reads, key=lambda r: r.power, reverse=True)
-        assert first.leaf.node is not None
-        result = emitter.laid_out(first.leaf.node, first.axes, target, fill)
+        result = emitter.laid_out(source_of(first).node, first.axes, target, fill)
         for read in rest:
-            result = self._times(emitter, result, read, target)
+            result = _times(emitter, result, read, source_of(read), target)
         return emitter.cast(emitter.cast(result, operand.dtype), self.compute_dtype)
 
-    def _times(self, emitter: Emitter, result: fx.Node, factor: Factor, axes: Axes) -> fx.Node:
-        if not isinstance(factor, Read) or factor.leaf.node is None:
-            raise Unemittable("a divisor inside one operator cannot be separated from it")
-        other = emitter.laid_out(factor.leaf.node, factor.axes, axes, [False] * len(axes))
-        return emitter.call(
-            aten.mul.Tensor if factor.power == 1 else aten.div.Tensor, result, other
-        )
+
+def _times(
+    emitter: Emitter, result: fx.Node, factor: Factor, source: Source, axes: Axes
+) -> fx.Node:
+    """result · factor. A read below the line is the divisor itself; a guard has its quotient."""
+    other = emitter.laid_out(source.node, source.axes, axes, [False] * len(axes))
+    divide = isinstance(factor, Read) and factor.power == -1
+    return emitter.call(aten.div.Tensor if divide else aten.mul.Tensor, result, other)
+
+
+def _outer(factor: Factor, catalogue: Catalogue, root: fx.Node) -> Source:
+    """The tensor that a factor of the result is."""
+    if isinstance(factor, Read):
+        return source_of(factor)
+    source = catalogue.find((factor,), root)
+    if source is None or source.coef != 1:
+        raise Unemittable("a divisor inside one operator cannot be separated from it")
+    return source
 
 
 def _letters(found: LinearAttention, flat: Sequence[Index], seen: Observation) -> tuple[Axis, ...]:

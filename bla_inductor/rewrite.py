@@ -55,6 +55,7 @@ def _rewrite(
         return report
     for error in seen.errors:
         log.debug("a rule of the algebra failed, its result stays a leaf: %s", error)
+    _rename_written(gm, seen)
     with undisturbed(seen.shape_env):
         selection = select(gm, seen, options)
         report.refusals += selection.refusals
@@ -88,6 +89,18 @@ def _apply(gm: fx.GraphModule, seen: Observation, selection: Selection, report: 
     gm.recompile()
 
 
+def _rename_written(gm: fx.GraphModule, seen: Observation) -> None:
+    """After `y = x.div_(z)`, x and y are one tensor: let what follows read y, which says more."""
+    tensors = seen.tensors
+    for node in [n for n in gm.graph.nodes if n in tensors]:
+        for source in node.all_input_nodes:
+            if tensors.get(source) is tensors[node] and seen.written_at(node):
+                later = seen.position[node]
+                source.replace_all_uses_with(
+                    node, lambda user, at=later: seen.position.get(user, at) > at
+                )
+
+
 def _only_reported(plan: Plan) -> Refusal:
     why = f"it matches, {formula(plan)}, but options={{'rewrite': 'off'}} asks for a report alone"
     return Refusal(FAMILY, why, plan.location, plan.root.name)
@@ -100,7 +113,7 @@ def _erase_dead(
     for node in reversed(gm.graph.nodes):
         if node.users or node.op in ("placeholder", "output") or node not in seen.position:
             continue
-        writes = any(seen.position[node] in at for at in seen.writes.values())
+        writes = bool(seen.written_at(node))
         if (node in used or writes) and not (writes and has_effect(node, seen, needed)):
             gm.graph.erase_node(node)
 

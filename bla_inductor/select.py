@@ -49,11 +49,12 @@ def has_effect(node: fx.Node, seen: Observation, needed: set[fx.Node]) -> bool:
     An in-place operator matters when somebody reads that memory afterwards, or when it is an
     input's.
     """
-    storages = {s for s, at in seen.writes.items() if seen.position.get(node) in at}
+    storages = seen.written_at(node)
     if not storages:
         return not node.users
     return any(
-        (other in needed or other.op in ("placeholder", "get_attr"))
+        other is not node
+        and (other in needed or other.op in ("placeholder", "get_attr"))
         and seen.storage_of(tensor) in storages
         for other, tensor in seen.tensors.items()
     )
@@ -80,9 +81,7 @@ class _Selector:
                 if not isinstance(plan, Refusal):
                     result.plans.append(plan)
                     chosen.add(_leaves(attention))
-                    needed.update(n for o in plan[0].operands.values() for n, _ in o.nodes)
-                    outer = (leaf for f in attention.outer for leaf in f.leaves())
-                    needed.update(leaf.node for leaf in outer if leaf.node is not None)
+                    needed.update(node for node, _ in plan[0].reads)
                     continue
                 refused[plan.reason, _leaves(attention)] = plan
             elif isinstance(attention, Mismatch):
@@ -143,6 +142,9 @@ class _Selector:
         except Unemittable as reason:
             emitter.undo()
             return Refusal(FAMILY, str(reason), location, node.name)
+        except Exception:
+            emitter.undo()  # the graph stays the user's; the backend says that we failed
+            raise
 
     def objection(self, plan: Plan) -> Refusal | None:
         """Why a plan that could be carried out is not."""

@@ -64,9 +64,23 @@ Substitution = Mapping[Index, Axis]
 def as_size(value: int | torch.SymInt) -> Size:
     """A size as an int or a sympy expression, without specialising a symbolic one."""
     if isinstance(value, torch.SymInt):
-        expr = value.node.expr
-        return int(expr) if expr.is_Integer else expr
+        return _canonical(value.node.expr)
     return int(value)
+
+
+@lru_cache(maxsize=4096)
+def _canonical(expr: sympy.Expr) -> Size:
+    """Floor divisions that are exact, as torch's own reshapes write them, as quotients."""
+    if expr.is_Integer:
+        return int(expr)
+    if expr.is_Symbol or not expr.args:
+        return expr
+    args = [_canonical(a) for a in expr.args]
+    if type(expr).__name__ in ("FloorDiv", "CleanDiv"):
+        exact = quotient(*args)
+        if exact is not None:
+            return exact
+    return expr.func(*args)
 
 
 def product(sizes: Iterable[Size]) -> Size:

@@ -54,6 +54,11 @@ class Observation:
         key = tensor.untyped_storage()._cdata
         return self.storage.get(key, key)
 
+    def written_at(self, node: fx.Node) -> list[int]:
+        """The storages that `node` writes to."""
+        at = self.position.get(node)
+        return [storage for storage, writes in self.writes.items() if at in writes]
+
     def written(self, node: fx.Node, after: int, before: int | None = None) -> bool:
         """Whether the memory of `node` is written after position `after` (and before `before`)."""
         writes = self.writes.get(self.storage_of(self.tensors[node]), ())

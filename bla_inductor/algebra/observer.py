@@ -156,7 +156,8 @@ class Observer(TorchDispatchMode):
         for target in targets:
             value = None
             if len(targets) == 1 and out is target and pure is not None:
-                (value,) = self._apply(pure, target, args, kwargs)
+                others = {k: v for k, v in kwargs.items() if v is not target}
+                (value,) = self._apply(pure, target, args, others)
             fixed = self._fixed(args, kwargs)
             storage = self.seen.storage_of(target)
             self.cuts = {i: v for i, v in self.cuts.items() if not self._lives_in(v, storage)}

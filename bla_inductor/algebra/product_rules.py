@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bla_inductor.algebra.index import as_size, equal
 from bla_inductor.algebra.registry import Lookup, Result, Unruled, number, rule, scalar
 from bla_inductor.algebra.signs import nonnegative
 from bla_inductor.algebra.term import Term, Value, align, constant, guarded, multiply, reciprocal
@@ -18,6 +19,11 @@ aten = torch.ops.aten
 @rule(aten.ones, aten.ones_like, aten.new_ones)
 def _ones(V: Lookup, out: torch.Tensor, *_: Any, **__: Any) -> Result:
     return constant(1.0, out)
+
+
+@rule(aten.zeros, aten.zeros_like, aten.new_zeros)
+def _zeros(V: Lookup, out: torch.Tensor, *_: Any, **__: Any) -> Result:
+    return constant(0.0, out)
 
 
 @rule(aten.full, aten.full_like, aten.new_full)
@@ -170,6 +176,14 @@ def _reciprocal(term: Term) -> Term:
     return reciprocal(term)
 
 
+@rule(aten.pow)
+def _pow(V: Lookup, out: torch.Tensor, x: Any, exponent: Any) -> Result:
+    """Only z**-1, which is a reciprocal in other words."""
+    if number(exponent) != -1 or not isinstance(x, torch.Tensor):
+        return None
+    return _inverted(V(x), out, 1.0)
+
+
 @rule(aten.neg)
 def _neg(V: Lookup, out: torch.Tensor, x: torch.Tensor) -> Result:
     value = V(x)
@@ -225,13 +239,17 @@ def _add(V: Lookup, out: torch.Tensor, x: Any, y: Any, *, alpha: Any = 1) -> Res
         if eps is None or factor is None or not isinstance(one, torch.Tensor):
             continue
         value = V(one)
-        if len(value.axes) != out.dim():
-            continue
+        if one.dim() != out.dim() or any(map(_differ, one.shape, out.shape)):
+            continue  # the number was a tensor, and broadcast the other
         if eps == 0:
             return Value(value.term, value.axes, out.dtype)
         if value.term.bound:
             return Value(guarded(value.term, "add", eps * factor), value.axes, out.dtype)
     return None
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return not equal(as_size(a), as_size(b))
 
 
 @rule(aten.clamp, aten.clamp_min)

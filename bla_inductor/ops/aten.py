@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from bla_inductor.ops.layout import empty_dense, key_batch, reduce_batch
+from bla_inductor.ops.layout import empty_dense, key_batch, known, reduce_batch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,7 +72,8 @@ def forward(
     n, m, d, dv = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
     query = q.to(acc)
     state = key_sum = None
-    if keep_state or (n + m) * d * dv <= n * m * (d + dv):
+    # With symbolic sizes, where neither is known to be cheaper, the state is formed first.
+    if keep_state or not known((n + m) * d * dv > n * m * (d + dv)):
         state, key_sum = key_statistics(k, v, k_norm, normalizer)
         out = torch.matmul(query, state)
     else:
