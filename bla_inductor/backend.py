@@ -104,19 +104,10 @@ def inner_compiler(options: Options, for_inductor: dict[str, Any], name: str | N
         *((name,) if name else ()),
     )
     if options.inner == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+        from bla_inductor.lowering import register
 
-        from bla_inductor.lowering import decompositions
-
-        region: dict[str, Any] = {"compile_region_name": name} if name else {}
-        table = decompositions(inductor.config)
-
-        def with_inductor(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-            return compile_fx(
-                gm, inputs, config_patches=inductor.config, decompositions=table, **region
-            )
-
-        return with_inductor
+        register()
+        return inductor
 
     from torch._dynamo.backends.registry import lookup_backend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,3 +24,17 @@ def isolated() -> dict[str, Any]:
     """
     known = inspect.signature(torch.compile).parameters
     return {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
+
+
+def register_decompositions(table: Mapping[Any, Callable[..., Any]]) -> None:
+    """Add decompositions of our own operators to Inductor's table.
+
+    Inductor keeps a second table, derived from the first when it is first needed: it is made anew.
+    """
+    from torch._inductor import decomposition
+
+    for operator, function in table.items():
+        decomposition.register_decomposition([operator])(function)
+    derived = getattr(decomposition, "fast_random_decomps", None)
+    if derived is not None and hasattr(derived, "cache_clear"):
+        derived.cache_clear()

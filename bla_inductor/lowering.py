@@ -6,26 +6,25 @@ its best order, so that feature maps, scales and casts fuse into Inductor's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bla_inductor.compat import register_decompositions
 from bla_inductor.ops import aten
 
-__all__ = ["decompositions"]
+__all__ = ["register"]
 
 bla = torch.ops.bla
 
 
-def decompositions(config: Mapping[str, Any]) -> dict[Any, Callable[..., Any]]:
-    """Inductor's table of decompositions under `config`, and those of our operators."""
-    import torch._inductor.config as inductor
-    from torch._inductor.decomposition import select_decomp_table
-
-    with inductor.patch(dict(config)):
-        return {**select_decomp_table(), **_OURS}
+@functools.cache
+def register() -> None:
+    """Tell Inductor, once."""
+    register_decompositions(_OURS)
 
 
 def _laid_out(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Tensor:
