@@ -176,6 +176,10 @@ class Plan:
             alive=self._alive(seen),
             device=seen.tensors[self.root].device.type,
             itemsize=self.compute_dtype.itemsize,
+            gradients=_is_differentiated(self.root),
+            float32=torch.get_float32_matmul_precision()
+            if self.compute_dtype == torch.float32
+            else "",
         )
 
     def _alive(self, seen: Observation) -> str:
@@ -304,6 +308,11 @@ def _times(
     other = emitter.laid_out(source.node, source.axes, axes, [False] * len(axes))
     divide = isinstance(factor, Read) and factor.power == -1
     return emitter.call(aten.div.Tensor if divide else aten.mul.Tensor, result, other)
+
+
+def _is_differentiated(root: fx.Node) -> bool:
+    known = root.meta.get("example_value", root.meta.get("val"))
+    return isinstance(known, torch.Tensor) and known.requires_grad
 
 
 def _outer(factor: Factor, catalogue: Catalogue, root: fx.Node) -> Source:

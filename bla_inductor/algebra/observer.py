@@ -80,8 +80,8 @@ class Observer(TorchDispatchMode):
     def _apply(
         self, packet: Any, out: Any, args: Any, kwargs: Any, lookup: Lookup | None = None
     ) -> list[Value | None]:
-        """The rule's Values for the outputs, or None for each that must be a leaf."""
-        outs = [out] if isinstance(out, torch.Tensor) else list(out)
+        """The rule's Values for the tensors of `out`, or None for each that must be a leaf."""
+        outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         rule = RULES.get(packet)
         result: Any = None
         if rule is not None:
@@ -109,8 +109,7 @@ class Observer(TorchDispatchMode):
         outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         if not outs:
             return
-        flat = isinstance(out, torch.Tensor | tuple | list)
-        values = self._apply(func.overloadpacket, out, args, kwargs) if flat else [None] * len(outs)
+        values = self._apply(func.overloadpacket, out, args, kwargs)
         fixed = None
         for tensor, value in zip(outs, values, strict=True):
             if value is None:

@@ -258,3 +258,13 @@ def test_nothing_global_is_changed() -> None:
         assert torch.is_autocast_cache_enabled()
     assert torch.equal(before, torch.get_rng_state())
     assert torch.is_grad_enabled()
+
+
+def test_an_operator_with_results_that_are_no_tensors() -> None:
+    """scaled_dot_product_attention returns integers beside tensors on a GPU."""
+    with torch.library._scoped_library("bla_test", "DEF") as lib:
+        lib.define("mixed(Tensor x) -> (Tensor, int, Tensor)")
+        lib.impl("mixed", lambda x: (x * 2, 3, x + 1), "CompositeExplicitAutograd")
+        torch.library.register_fake("bla_test::mixed", lambda x: (x * 2, 3, x + 1), lib=lib)
+        _, value = seen(lambda q, k: torch.ops.bla_test.mixed(q)[2] @ k.mT, Q, Q)
+    assert sorted(str(f.leaf) for f in value.term.factors) == ["getitem", "k"]

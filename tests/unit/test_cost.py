@@ -1,0 +1,69 @@
+"""When the rewrite pays, and the words for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bla_inductor.cost import Problem, decide
+
+ATTENTION = Problem(
+    batch=16,
+    n=4096,
+    m=4096,
+    c=64,
+    d=64,
+    quadratic=False,
+    normalised=True,
+    device="cuda",
+    itemsize=2,
+)
+
+
+def test_the_plain_case_pays_by_its_bytes() -> None:
+    decision = decide(ATTENTION)
+    assert decision.pays
+    # q, k, v and the result: 4 tensors of 16 heads × 4096 × 64 × 2 bytes
+    assert "32 MiB" in decision.reason
+
+
+def test_a_quadratic_spelling_pays_by_its_flops() -> None:
+    decision = decide(replace(ATTENTION, quadratic=True))
+    assert decision.pays
+    assert "64.0× fewer FLOPs" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"c": 300}, "the kernels take at most 256"),
+        ({"d": 160}, "Inductor's GEMMs are faster"),
+        ({"quadratic": True, "n": 16, "m": 16}, "fewer FLOPs than q(kᵀv), so it stays"),
+        ({"normalised": False, "m": 64}, "no long axis"),
+        ({"alive": "scores"}, "scores q·kᵀ is read by other code"),
+        ({"alive": "state", "normalised": False}, "state kᵀv is read by other code"),
+        ({"alive": "numerator"}, "is replaced alone"),
+        ({"gradients": True, "float32": "highest", "itemsize": 4}, "set_float32_matmul_precision"),
+    ],
+)
+def test_refusals_say_why(change, reason) -> None:
+    decision = decide(replace(ATTENTION, **change))
+    assert not decision.pays
+    assert reason in decision.reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"c": 300},
+        {"quadratic": True, "n": 16, "m": 16},
+        {"gradients": True, "float32": "highest"},
+    ],
+)
+def test_limits_of_the_kernels_do_not_bind_elsewhere(change) -> None:
+    assert decide(replace(ATTENTION, device="cpu", **change)).pays
+
+
+def test_a_state_read_elsewhere_is_cheap_beside_a_normaliser() -> None:
+    assert decide(replace(ATTENTION, alive="state")).pays
