@@ -1,9 +1,8 @@
 """When the rewrite pays.
 
-Linear attention moves bytes: fused, q, k, v are read once and the result is written once. The order
-of the
-contraction decides the arithmetic: (N + M)·D·Dv multiply-adds a head when the state is formed
-first, N·M·(D + Dv) when the N × M matrix is.
+Linear attention moves bytes: fused, q, k, v are read once and the result is written once. The
+order of the contraction decides the arithmetic: (N + M)·D·Dv multiply-adds a head when the state is
+formed first, N·M·(D + Dv) when the N × M matrix is.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ __all__ = ["KERNEL_LIMIT", "Decision", "Problem", "decide"]
 KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Triton kernels take
 
 
-# H100, bf16, forward and backward against Inductor on the naive code: at D = 128 0.53 and 1.34 ms to
+# H100, bf16, forward and backward beside Inductor on the naive code: at D = 128 0.53 and 1.34 ms to
 # 1.38 and 1.76, at D = 256 0.79 and 1.62 ms to 0.75 and 0.86.
 _FAST_HEAD_DIM = 128
 _ALWAYS = "options={'rewrite': 'always'} overrides this"
