@@ -23,8 +23,21 @@ bla = torch.ops.bla
 
 @functools.cache
 def register() -> None:
-    """Tell Inductor, once."""
+    """Tell Inductor, once.
+
+    With a decomposition in the table, Inductor does not make a fallback of an operator by itself:
+    the lowering for where it is not decomposed is registered as well.
+    """
+    from torch._inductor.lowering import fallback_handler, register_lowering
+
     register_decompositions(_OURS)
+    for operator in _OURS:
+        fallback = fallback_handler(operator, add_to_fallback_set=False)
+        register_lowering(operator, type_promotion_kind=None)(fallback)
+
+
+def _stays_a_call(x: Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def _laid_out(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Tensor:
@@ -53,7 +66,7 @@ def _attention(
     k_norm: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    if q.device.type == "cuda":
+    if _stays_a_call(q):
         return NotImplemented
     out, _, _ = aten.forward(q, k, v, q_norm, k_norm, *_numbers(kwargs), keep_state=False)
     return _laid_out(out, kwargs.get("out_dtype") or q.dtype, kwargs.get("out_order"))
@@ -67,7 +80,7 @@ def _forward(
     k_norm: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cuda":
+    if _stays_a_call(q):
         return NotImplemented
     out, state, key_sum = aten.forward(q, k, v, q_norm, k_norm, *_numbers(kwargs), keep_state=True)
     assert state is not None
@@ -87,7 +100,7 @@ def _backward(
     key_sum: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
-    if q.device.type == "cuda":
+    if _stays_a_call(q):
         return NotImplemented
     numbers = _numbers(kwargs)
     grads = aten.backward(do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, kwargs["needs"])

@@ -1,0 +1,89 @@
+"""The whole path on a GPU: recognised, rewritten, through Inductor, and no less accurate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+
+from tests.compile import spellings
+from tests.numerics import assert_no_less_accurate
+
+pytestmark = pytest.mark.gpu
+
+NAMES = [
+    "simple_at",
+    "softmax_features",
+    "images_tokens_last",
+    "mean_normaliser",
+    "three_operand_einsum",
+    "row_normalised_quadratic",
+    "ones_row_on_values",
+    "from_one_projection",
+    "decoupled",
+    "one_headed_keys",
+]
+CASES = [s for s in spellings.SPELLINGS if s.name in NAMES]
+
+
+def tensors(case: spellings.Spelling, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in case.shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_spelling(case: spellings.Spelling, dtype: torch.dtype) -> None:
+    """At toy sizes the cost model may decline; here the kernels are meant, so always."""
+    counters.clear()
+    options = {"rewrite": "always"}
+    run = torch.compile(case.function, backend="bla", options=options, fullgraph=True)
+    # fp32: eager's sums of 20 terms round by chance; 16 bit: the result's rounding decides.
+    assert_no_less_accurate(run, case.function, tensors(case, dtype), factor=1.5, roundings=8.0)
+    assert counters["bla"]["matched"] == case.matches
+
+
+def attention(q, k, v):
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6)
+
+
+def big(n: int = 512, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    shape = (2, 4, n, 64)
+    return [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_modes(mode: str) -> None:
+    counters.clear()
+    run = torch.compile(attention, backend="bla", mode=mode, fullgraph=True)
+    args = big()
+    for _ in range(3):  # warm up, record, replay
+        torch.compiler.cudagraph_mark_step_begin()
+        out = run(*args)
+        torch.testing.assert_close(out, attention(*args), rtol=3e-2, atol=3e-2)
+        out.sum().backward()
+    assert counters["bla"]["matched"] == 1
+
+
+def test_a_new_length_compiles_nothing() -> None:
+    counters.clear()
+    run = torch.compile(attention, backend="bla", fullgraph=True, dynamic=True)
+    for n in (512, 700, 1024):
+        args = big(n)
+        torch.testing.assert_close(run(*args), attention(*args), rtol=3e-2, atol=3e-2)
+    assert counters["bla"]["graphs"] == 1
+
+
+def test_autocast() -> None:
+    args = big(dtype=torch.float32)
+    counters.clear()
+    run = torch.compile(attention, backend="bla", fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        ours, eager = run(*args), attention(*args)
+    assert counters["bla"]["matched"] == 1
+    assert ours.dtype == eager.dtype
+    exact = attention(*(x.double() for x in args))
+    assert (ours - exact).norm() <= 1.1 * (eager - exact).norm()
+    ours.sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in args)
