@@ -35,7 +35,7 @@ POINTS = [
 ]
 
 
-def _launches(d, dtype, out_dtype, capability, decoupled=False):
+def _launches(d, dtype, out_dtype, capability, decoupled=False, upcast=False):
     def make(features, dtype=dtype):
         return torch.empty(8, 4096, 16, features, dtype=dtype, device="meta").transpose(1, 2)
 
@@ -43,9 +43,12 @@ def _launches(d, dtype, out_dtype, capability, decoupled=False):
         q, k, v, out = make(d), make(d), make(d), make(d, out_dtype)
         norms = (make(d), make(d)) if decoupled else (None, None)
         numbers = ("add", 0.5, 0.5, 0.5)
-        state, key_sum = kernels.forward(out, q, k, v, *norms, key_batch(k, v, None), *numbers)
+        state, key_sum = kernels.forward(
+            out, q, k, v, *norms, key_batch(k, v, None), *numbers, upcast
+        )
         grads = [None if t is None else torch.empty_like(t) for t in (q, k, v, *norms)]
-        kernels.backward(grads, torch.empty_like(out), q, k, v, *norms, state, key_sum, *numbers)
+        do = torch.empty_like(out)
+        kernels.backward(grads, do, q, k, v, *norms, state, key_sum, *numbers, upcast)
 
     original = heuristics.capability
     heuristics.capability = lambda device: capability // 10
@@ -87,6 +90,13 @@ def test_no_spills(d, dtype, out_dtype, capability, pool):
 
 def test_no_spills_decoupled(pool):
     _check(pool, [(item, 90) for item in _launches(128, bf16, bf16, 90, decoupled=True)])
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)
+@pytest.mark.parametrize("d", [32, 128])
+def test_no_spills_upcast(d, dtype, pool):
+    """The user's fp32 contraction of 16-bit tensors, which keeps the state unrounded."""
+    _check(pool, [(item, 90) for item in _launches(d, dtype, dtype, 90, upcast=True)])
 
 
 def test_lengths_are_not_specialised():
