@@ -106,7 +106,10 @@ def wide_backward(D: int, DV: int, DN: int, precision: str, capability: int) -> 
     128 × 128 needs more than the 99 KiB of shared memory of sm_86 and sm_89; the CUDA cores read
     from registers.
     """
-    limit = 4096 if precision == "ieee" else 8192 if capability < 9 else 16384
+    if precision == "ieee":
+        limit = 4096
+    else:  # tf32x2 keeps two parts of the state in shared memory
+        limit = 8192 if capability < 9 or precision == "tf32x2" else 16384
     return max(D, DV, DN) > 128 or block(D) * block(DV) > limit
 
 
