@@ -70,11 +70,6 @@ class LinearAttention:
     quadratic: bool  # written as (qkᵀ)v
     precision: torch.dtype | None  # the narrowest dtype that a sum was kept in
 
-    @property
-    def rank(self) -> tuple[bool, bool]:
-        """How much of the graph it takes in: with its normaliser it is richer than without."""
-        return self.normaliser is not None, not self.outer
-
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
