@@ -11,7 +11,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -30,6 +30,9 @@ from bla_inductor.algebra import (
 )
 from bla_inductor.algebra.index import substitute_axes
 from bla_inductor.emit import Unemittable, grouped
+
+if TYPE_CHECKING:
+    from bla_inductor.patterns.feature_maps import FeatureMap
 
 __all__ = ["Catalogue", "Operand", "Source", "source_of"]
 
@@ -57,12 +60,16 @@ def source_of(read: Read) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A product of factors as (*batch, rows, columns) of the operator."""
+    """A product of factors as (*batch, rows, columns) of the operator.
+
+    map: where the operator reads `source` and makes the product of it by itself.
+    """
 
     factors: tuple[Factor, ...]
     source: Source | None
     rows: tuple[Index, ...]
     columns: tuple[Index, ...]
+    map: FeatureMap | None = None
 
     @property
     def reads(self) -> list[Read]:
@@ -81,6 +88,8 @@ class Operand:
     @property
     def nodes(self) -> list[tuple[fx.Node, int]]:
         """The nodes that are read, with each leaf's birth, or -1 for a product of the user's."""
+        if self.source is not None and self.map is not None:
+            return [(self.source.node, self.map.leaf.born)]
         if self.source is not None:
             born = self.reads[0].leaf.born if len(self.reads) == len(self.factors) == 1 else -1
             return [(self.source.node, born)]

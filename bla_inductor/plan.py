@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
+from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
 from bla_inductor.algebra import Axes, Axis, Factor, Index, Observation, Read, Value, product
 from bla_inductor.cost import KERNEL_LIMIT, Problem
 from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
@@ -36,11 +37,7 @@ class Plan:
 
     root: fx.Node
     found: LinearAttention
-    q: Operand
-    k: Operand
-    v: Operand
-    q_norm: Operand | None
-    k_norm: Operand | None
+    gathered: Gathered
     batch: tuple[Index, ...]
     n: Axis
     d: Axis
@@ -59,29 +56,12 @@ class Plan:
         catalogue: Catalogue,
         location: Location,
     ) -> Plan:
-        def operand(factors: tuple[Factor, ...], rows: Axis, columns: Axis) -> Operand:
-            made = Operand(factors, catalogue.find(factors, root), rows, columns)
-            if made.source is None and any(
-                not isinstance(f, Read) or f.leaf.node is None for f in factors
-            ):
-                raise Unemittable("a divisor inside one operator cannot be separated from it")
-            return Operand(factors, made.source, made.order(rows), made.order(columns))
-
         value, tensor = seen.values[root], seen.tensors[root]
         exact = not all(_ignores_strides(user) for user in root.users)
         dims = memory_order(tensor, seen.hint) if exact else range(tensor.dim())
         flat = [i for dim in dims for i in value.axes[dim]]
         batch, n, d = _letters(found, flat, seen)
-        k = operand(found.k, found.m, found.c)
-        q = operand(found.q, n, k.columns)
-        q = Operand(q.factors, q.source, n, k.columns)
-        v = operand(found.v, k.rows, d)
-        v = Operand(v.factors, v.source, k.rows, d)
-        q_norm = k_norm = None
-        if (z := found.normaliser) is not None:
-            k_norm = operand(z.k, z.m, z.c)
-            made = operand(z.q, n, z.c)
-            q_norm = Operand(made.factors, made.source, n, k_norm.columns)
+        gathered = gather(root, found, (batch, n, d), seen, catalogue)
         position = {i: at for at, i in enumerate(batch)}
         position |= dict.fromkeys(n, len(batch)) | dict.fromkeys(d, len(batch) + 1)
         order = [at for at, _ in itertools.groupby(position[i] for i in flat)]
@@ -89,11 +69,7 @@ class Plan:
         plan = cls(
             root,
             found,
-            q,
-            k,
-            v,
-            q_norm,
-            k_norm,
+            gathered,
             batch,
             n,
             d,
@@ -108,30 +84,16 @@ class Plan:
 
     @property
     def operands(self) -> dict[str, Operand]:
-        named = {
-            "q": self.q,
-            "k": self.k,
-            "v": self.v,
-            "q_norm": self.q_norm,
-            "k_norm": self.k_norm,
-        }
-        return {name: operand for name, operand in named.items() if operand is not None}
+        return self.gathered.named()
 
     @property
     def reads(self) -> list[tuple[fx.Node, int]]:
-        """The nodes that the operator reads, and since when each holds the value that is meant."""
-        operands = [pair for operand in self.operands.values() for pair in operand.nodes]
-        return operands + [(source.node, -1) for _, source in self.outer]
+        """The nodes that are read, and since when each holds the value that is meant."""
+        return self.gathered.reads + [(source.node, -1) for _, source in self.outer]
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        dtypes = [o.dtype for o in self.operands.values() if o.dtype.is_floating_point]
-        if not dtypes:
-            raise Unemittable("none of q, k, v is a floating-point tensor")
-        common = dtypes[0]
-        for dtype in dtypes[1:]:
-            common = torch.promote_types(common, dtype)
-        return common
+        return common_dtype(self.operands.values())
 
     @property
     def upcast(self) -> bool:
@@ -156,9 +118,9 @@ class Plan:
                     f"`{node}` is modified in place after it was read; "
                     "write it out of place (x = x + y instead of x += y)"
                 )
-        if self.q_norm is not None and self.k_norm is not None:
-            rows = seen.hint(product(i.size for i in self.k_norm.rows))
-            if rows != seen.hint(product(i.size for i in self.k.rows)):
+        if (k_norm := self.gathered.k_norm) is not None:
+            rows = seen.hint(product(i.size for i in k_norm.rows))
+            if rows != seen.hint(product(i.size for i in self.gathered.k.rows)):
                 raise Unemittable("the normaliser sums over another sequence than the numerator")
 
     def problem(self, seen: Observation) -> Problem:
@@ -168,8 +130,8 @@ class Plan:
         return Problem(
             batch=size(self.batch),
             n=size(self.n),
-            m=size(self.k.rows),
-            c=size(self.k.columns),
+            m=size(self.gathered.k.rows),
+            c=size(self.gathered.k.columns),
             d=size(self.d),
             quadratic=self.found.quadratic,
             normalised=self.found.normaliser is not None,
@@ -184,18 +146,9 @@ class Plan:
 
     def _alive(self, seen: Observation) -> str:
         """Which product inside stays alive, because nodes outside read it: the costliest one."""
-        inside: set[fx.Node] = set()
-        pending, reads = list(self.root.all_input_nodes), {node for node, _ in self.reads}
-        while pending:
-            node = pending.pop()
-            if node not in inside and node not in reads and node in seen.values:
-                inside.add(node)
-                pending += node.all_input_nodes
-        dead = {self.root}
-        for node in sorted(inside, key=seen.position.__getitem__, reverse=True):
-            if all(user in dead for user in node.users):
-                dead.add(node)
-        kinds = {self._kind(seen.values[node]) for node in inside - dead}
+        reads = [node for node, _ in self.reads]
+        alive = inside(self.root, reads, seen) - dead_without(self.root, reads, seen)
+        kinds = {self._kind(seen.values[node]) for node in alive}
         return next((kind for kind in ("scores", "numerator", "state") if kind in kinds), "")
 
     def _kind(self, value: Value) -> str:
@@ -205,14 +158,14 @@ class Plan:
         leaves = {leaf for f in value.term.factors for leaf in f.leaves()}
         of_q, of_k, of_v = (
             bool(leaves & {leaf for f in o.factors for leaf in f.leaves()})
-            for o in (self.q, self.k, self.v)
+            for o in (self.gathered.q, self.gathered.k, self.gathered.v)
         )
         sizes = [i.size for axis in value.axes for i in axis]
         if of_q and of_k and of_v:
             return "numerator"
         if of_k and of_v:
             return "state"
-        has_m = all(i.size in sizes for i in self.k.rows)
+        has_m = all(i.size in sizes for i in self.gathered.k.rows)
         return "scores" if of_q and of_k and has_m and len(sizes) > len(self.batch) + 1 else ""
 
     def emit(self, emitter: Emitter, seen: Observation) -> fx.Node:
@@ -232,6 +185,11 @@ class Plan:
         for name in ("q_norm", "k_norm"):
             if name in nodes:
                 kwargs[name] = nodes[name]
+        for name, operand in self.distinct().items():
+            if operand.map is not None:
+                kwargs[f"{name}_map"] = operand.map.text
+        if (weight := self.gathered.weight) is not None:
+            kwargs["key_weight"] = self._weight(emitter, weight)
         result = emitter.call(
             torch.ops.bla.linear_attention.default, nodes["q"], nodes["k"], nodes["v"], **kwargs
         )
@@ -265,7 +223,8 @@ class Plan:
     @property
     def shared(self) -> tuple[bool, bool]:
         """Whether the normaliser's q' is q, and its k' is k."""
-        pairs = ((self.q_norm, self.q), (self.k_norm, self.k))
+        made = self.gathered
+        pairs = ((made.q_norm, made.q), (made.k_norm, made.k))
         same_q, same_k = (
             a is not None and self._signature(a) == self._signature(b) for a, b in pairs
         )
@@ -280,7 +239,8 @@ class Plan:
             for axis in (self.batch, operand.rows, operand.columns)
         )
         sizes = tuple(i.size for i in have)
-        return operand.source.node, places, sizes, operand.dtype
+        text = "" if operand.map is None else operand.map.text
+        return operand.source.node, places, sizes, operand.dtype, text
 
     def _scale(self, emitter: Emitter, coef: Any, *names: str) -> Any:
         for name in names:
@@ -291,7 +251,9 @@ class Plan:
         target: Axes = (*((i,) for i in self.batch), operand.rows, operand.columns)
         fill = [False] * len(self.batch) + [True, True]
         if operand.source is not None:
-            node = emitter.cast(operand.source.node, operand.dtype)
+            node = operand.source.node
+            if operand.map is None:  # else what is before φ may be narrower, and stays that
+                node = emitter.cast(node, operand.dtype)
             node = emitter.cast(node, self.compute_dtype)
             return emitter.laid_out(node, operand.source.axes, target, fill)
         (first, *rest) = sorted(operand.reads, key=lambda r: r.power, reverse=True)
@@ -299,6 +261,16 @@ class Plan:
         for read in rest:
             result = _times(emitter, result, read, source_of(read), target)
         return emitter.cast(emitter.cast(result, operand.dtype), self.compute_dtype)
+
+    def _weight(self, emitter: Emitter, weight: Operand) -> fx.Node:
+        """Key weights as (*batch, M), batch dims that they do not have of size one."""
+        target: Axes = (*((i,) for i in self.batch), weight.rows)
+        fill = [False] * len(self.batch) + [True]
+        (first, *rest) = weight.reads
+        result = emitter.laid_out(source_of(first).node, first.axes, target, fill)
+        for read in rest:
+            result = _times(emitter, result, read, source_of(read), target)
+        return result
 
 
 def _times(

@@ -26,25 +26,27 @@ def formula(plan: Plan) -> str:
         own = [x for x, i in zip(batch, plan.batch, strict=False) if i in present]
         return f"{name}[{','.join([*own, *letters])}]"
 
+    made = plan.gathered
+    weights = [read("w", made.weight, "m")] if made.weight is not None else []
     product_text = "·".join(
-        (read("q", plan.q, "nc"), read("k", plan.k, "mc"), read("v", plan.v, "md"))
+        (read("q", made.q, "nc"), read("k", made.k, "mc"), *weights, read("v", made.v, "md"))
     )
     text = f"out[{','.join([*batch, *'nd'])}] = {_times(plan.found.scale)}Σ_m Σ_c {product_text}"
-    if (z := plan.found.normaliser) is not None and plan.q_norm and plan.k_norm:
+    if (z := plan.found.normaliser) is not None and made.q_norm and made.k_norm:
         same_q, same_k = plan.shared
-        q = read("q" if same_q else "q'", plan.q_norm, "nc")
-        k = read("k" if same_k else "k'", plan.k_norm, "mc")
-        total = f"{_times(z.scale)}Σ_m Σ_c {q}·{k}"
+        q = read("q" if same_q else "q'", made.q_norm, "nc")
+        k = read("k" if same_k else "k'", made.k_norm, "mc")
+        total = f"{_times(z.scale)}Σ_m Σ_c {'·'.join((q, k, *weights))}"
         if z.kind == "clamp":
             text += f" ÷ max({total}, {_number(z.eps)})"
         else:
             text += f" ÷ ({total}{'' if z.eps == 0 else f' + {_number(z.eps)}'})"
     if plan.found.outer:
         text += " × " + "·".join(str(leaf) for f in plan.found.outer for leaf in f.leaves())
-    names = ", ".join(
-        f"{n.replace('_norm', chr(39))} = {_source(o)}" for n, o in plan.distinct().items()
-    )
-    return f"{text}   with {names}"
+    named = {n.replace("_norm", "'"): o for n, o in plan.distinct().items()}
+    if made.weight is not None:
+        named["w"] = made.weight
+    return f"{text}   with " + ", ".join(f"{n} = {_source(o)}" for n, o in named.items())
 
 
 def feature_maps(plan: Plan) -> str:
@@ -52,7 +54,7 @@ def feature_maps(plan: Plan) -> str:
     told = []
     for name in ("q", "k"):
         operand = plan.operands[name]
-        found = capture(operand.factors, operand.columns)
+        found = operand.map or capture(operand.factors, operand.columns)
         if found is not None and not found.identity and found.leaf.node is not None:
             told.append(f"{name} = φ({found.leaf.node.name}), φ(x) = {found}")
     return "; ".join(told)
@@ -61,7 +63,7 @@ def feature_maps(plan: Plan) -> str:
 def sizes(plan: Plan, seen: Observation) -> str:
     """`B=2·8 N=1024 M=1024 D=64 Dv=64`, symbolic where the graph is."""
     batch = "·".join(str(i.size) for i in plan.batch) or "1"
-    rows = {"N": plan.n, "M": plan.k.rows, "D": plan.k.columns, "Dv": plan.d}
+    rows = {"N": plan.n, "M": plan.gathered.k.rows, "D": plan.gathered.k.columns, "Dv": plan.d}
     text = " ".join(f"{name}={product(i.size for i in axis)}" for name, axis in rows.items())
     return f"B={batch} {text}"
 
@@ -74,7 +76,8 @@ def dtypes(plan: Plan) -> str:
 
 def _source(operand: Operand) -> str:
     if operand.source is not None:
-        return operand.source.node.name
+        name = operand.source.node.name
+        return name if operand.map is None else f"φ({name})"
     return "·".join(str(leaf) for f in operand.factors for leaf in f.leaves())
 
 
