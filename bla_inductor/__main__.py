@@ -1,10 +1,14 @@
 """The command line.
 
     python -m bla_inductor explain module:callable
+    python -m bla_inductor bench SUITE
 
-`callable` takes no arguments and returns what to explain: a tuple `(model, *args)`, or
+explain: `callable` takes no arguments and returns what to explain: a tuple `(model, *args)`, or
 `(model, args, kwargs)` with a tuple and a dictionary. A file may stand for the module
 (`path/to/file.py:callable`).
+
+bench: times against the memory floor and against Inductor, as CSV and plots; see
+bla_inductor/bench/cases.py for the suites.
 """
 
 from __future__ import annotations
@@ -27,8 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     explain = commands.add_parser("explain", help="what a compilation would rewrite, and why not")
     explain.add_argument("target", metavar="module:callable")
+    # Only when it is asked for: the benchmark imports torch, an error message need not wait for it.
+    words = sys.argv[1:] if arguments is None else arguments
+    bench = commands.add_parser("bench", help="times against the memory floor and Inductor")
+    if "bench" in words[:1]:
+        from bla_inductor.bench import command
+
+        command.add_arguments(bench)
     given = parser.parse_args(arguments)
     try:
+        if given.command == "bench":
+            return command.run(given)
         return _explain(given.target)
     except UsageError as error:
         parser.error(str(error))

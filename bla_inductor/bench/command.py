@@ -1,0 +1,168 @@
+"""The command: `python -m bla_inductor bench SUITE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bla_inductor.bench import measure, output
+from bla_inductor.bench.cases import SUITES, Case
+from bla_inductor.bench.output import Row
+from bla_inductor.bench.providers import PROVIDERS, Attention, provider
+
+__all__ = ["add_arguments", "run"]
+
+_SDPA_LIMIT = (
+    2**40
+)  # score entries times head dim: beyond, softmax attention takes too long to wait
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated")
+    parser.add_argument("--lengths", default="", help="only these N, comma-separated")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--base", metavar="REF", help="also measure bla at this git revision")
+    parser.add_argument("--no-plot", action="store_true")
+
+
+def run(given: argparse.Namespace) -> int:
+    """Measure, print and write; 1 if a result was wrong."""
+    chosen = [name for name in given.providers.split(",") if name]
+    unknown = [name for name in chosen if name not in PROVIDERS]
+    if unknown:
+        raise SystemExit(f"bench: no provider {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
+    lengths = {int(n) for n in given.lengths.split(",") if n}
+    cases = [c for c in SUITES[given.suite] if not lengths or c.N in lengths]
+    if not cases:
+        raise SystemExit(f"bench: the suite {given.suite!r} has no case with N of {given.lengths}")
+    if given.device == "cpu" and any(c.memory for c in cases):
+        raise SystemExit("bench: the suite 'memory' measures CUDA memory; it needs a GPU")
+    copy = measure.bandwidth(given.device)
+    header = output.machine(given.device, copy)
+    print("  ".join(f"{k}: {v}" for k, v in header.items()))
+    base = _base_times(given) if given.base else {}
+    rows: list[Row] = []
+    print(
+        f"{'case':34}{'run':14}{'provider':>9}{'ms':>9}{'GB/s':>8}{'% copy':>7}{'× Ind.':>7}  note"
+    )
+    for case in cases:
+        for row in _case(case, chosen, given.device, copy):
+            key = (row.case, row.shape, row.dtype, row.run)
+            if row.provider == "bla" and row.ms and key in base:
+                row.base_ratio = base[key] / row.ms
+                row.note = f"{row.base_ratio:.2f}× {given.base} {row.note}".strip()
+            rows.append(row)
+            _show(row)
+    stem = given.out / f"{given.suite}-{header['device'].split(' (')[0].replace(' ', '-')}"
+    output.write_csv(stem.with_suffix(".csv"), rows, header)
+    print(f"wrote {stem.with_suffix('.csv')}")
+    if not given.no_plot and any(r.ms is not None for r in rows):
+        try:
+            title = f"{given.suite}: {header['device']}, torch {header['torch']}"
+            output.plot(stem.with_suffix(".png"), rows, title)
+            print(f"wrote {stem.with_suffix('.png')}")
+        except ImportError:
+            print("no plot: matplotlib is not installed (pip install matplotlib)")
+    return int(any(r.note.startswith("WRONG") for r in rows))
+
+
+def _case(case: Case, providers: Sequence[str], device: str, copy: float) -> Iterator[Row]:
+    inputs = measure.make_inputs(case, device)
+    inductor: dict[str, float] = {}  # by run: ms, or MiB
+    for name in providers:
+        function = provider(name, case)
+        multiply_adds = case.B * case.H * case.N * case.keys * case.D
+        if function is None or (name == "sdpa" and (multiply_adds > _SDPA_LIMIT or case.memory)):
+            continue
+        for row in _measured(case, name, function, inputs, device):
+            cost = row.mib if case.memory else row.ms
+            if cost is not None:
+                if name == "inductor":
+                    inductor[row.run] = cost
+                if row.run in inductor:
+                    row.inductor_ratio = inductor[row.run] / cost
+            if row.gbps is not None:
+                row.copy_percent = 100 * row.gbps * 1e6 / copy
+            yield row
+
+
+def _measured(
+    case: Case, name: str, function: Attention, inputs: measure.Inputs, device: str
+) -> list[Row]:
+    """The rows of one provider, without the comparisons."""
+    shape = f"B{case.B} H{case.H} N{case.N} M{case.keys} D{case.D} Dv{case.channels}"
+    kind = str(case.dtype).removeprefix("torch.") + (" in fp32" if case.upcast else "")
+
+    def row(run: str) -> Row:
+        return Row(case.name, shape, case.N, kind, case.phi, run, name)
+
+    try:
+        wrong = None if name == "sdpa" else measure.inaccuracy(function, case, inputs)
+        if wrong is not None and not wrong <= 1:
+            return [replace(row("forward"), inaccuracy=wrong, note="WRONG: not timed")]
+        if case.memory:
+            mib = measure.peak_bytes(function, inputs) / 2**20
+            return [replace(row("training step"), mib=mib, note=f"{mib:.0f} MiB")]
+        leaves = inputs.leaves
+        with torch.no_grad():
+            forward = measure.milliseconds(lambda: function(inputs.q, inputs.k, inputs.v), device)
+        both = measure.milliseconds(
+            lambda: torch.autograd.grad(function(*leaves), leaves, inputs.do), device
+        )
+    except torch.cuda.OutOfMemoryError:
+        return [replace(row("forward"), note="out of memory")]
+    times = {"forward": forward, "backward": both - forward}
+    floors = dict(zip(times, case.floor_bytes(), strict=True))
+    return [
+        replace(row(run), ms=ms, gbps=floors[run] / ms / 1e6, inaccuracy=wrong)
+        for run, ms in times.items()
+    ]
+
+
+def _show(row: Row) -> None:
+    def number(x: float | None, digits: int) -> str:
+        return "" if x is None else f"{x:.{digits}f}"
+
+    print(
+        f"{row.case + ' ' + row.shape:34.34}{row.run:14}{row.provider:>9}{number(row.ms, 4):>9}"
+        f"{number(row.gbps, 0):>8}{number(row.copy_percent, 0):>7}"
+        f"{number(row.inductor_ratio, 2):>7}  {row.note}",
+        flush=True,
+    )
+
+
+def _base_times(given: argparse.Namespace) -> dict[tuple[str, ...], float]:
+    """The times of bla at the revision `--base`, installed beside this one, in its own process."""
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        tree, site, out = (Path(folder) / name for name in ("tree", "site", "out"))
+        git = ["git", "-C", str(root), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(tree), given.base], check=True)
+        try:
+            install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+            install += ["--no-build-isolation", "--target", str(site), str(tree)]
+            subprocess.run(install, check=True)
+            command = [sys.executable, "-m", "bla_inductor", "bench", given.suite, "--no-plot"]
+            command += ["--providers", "bla", "--device", given.device, "--out", str(out)]
+            command += ["--lengths", given.lengths] if given.lengths else []
+            subprocess.run(
+                command, check=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(site)}
+            )
+        finally:
+            subprocess.run([*git, "remove", "--force", str(tree)], check=False)
+        (file,) = out.glob("*.csv")
+        return {
+            (r["case"], r["shape"], r["dtype"], r["run"]): float(r["ms"])
+            for r in output.read_csv(file)
+            if r["ms"]
+        }

@@ -1,0 +1,72 @@
+"""The benchmark command: what it writes, and that a wrong result is not timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bla_inductor.__main__ import main
+from bla_inductor.bench import command, measure
+from bla_inductor.bench.cases import SUITES, Case
+from bla_inductor.bench.output import read_csv
+from bla_inductor.bench.providers import naive
+
+
+def bench(tmp_path, *arguments: str) -> int:
+    common = ["--device", "cpu", "--out", str(tmp_path), "--no-plot"]
+    return main(["bench", "smoke", "--lengths", "64", *common, *arguments])
+
+
+def test_rows_and_machine(tmp_path, capsys) -> None:
+    assert bench(tmp_path, "--providers", "torch") == 0
+    (file,) = tmp_path.glob("*.csv")
+    assert f"# torch: {torch.__version__}" in file.read_text()
+    forward, backward = read_csv(file)
+    assert (forward["run"], backward["run"]) == ("forward", "backward")
+    assert float(forward["ms"]) > 0
+    assert 0 < float(forward["inaccuracy"]) <= 1
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        command, "provider", lambda name, case: lambda *x: naive(case)(*x) * (1 + 1e-3)
+    )
+    assert bench(tmp_path, "--providers", "bla") == 1
+    (file,) = tmp_path.glob("*.csv")
+    (row,) = read_csv(file)
+    assert row["ms"] == ""
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_ratio_to_inductor(tmp_path, monkeypatch) -> None:
+    times = {"inductor": 4.0, "bla": 1.0}
+    monkeypatch.setattr(command, "provider", lambda name, case: naive(case))
+    now = iter([1.0, 1.0, 3.0, 4.0, 8.0, 1.0, 2.0])  # the copy; then forward, forward and backward
+    monkeypatch.setattr(measure, "milliseconds", lambda function, device: next(now))
+    assert bench(tmp_path, "--providers", ",".join(["torch", *times])) == 0
+    (file,) = tmp_path.glob("*.csv")
+    ratios = [r["inductor_ratio"] for r in read_csv(file) if r["provider"] == "bla"]
+    assert ratios == ["4", "4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--providers", "tensorflow"], "no provider 'tensorflow'"), (["--lengths", "3"], "no case")],
+)
+def test_what_it_cannot_do_it_says(tmp_path, arguments, said) -> None:
+    with pytest.raises(SystemExit, match=said):
+        bench(tmp_path, *arguments)
+
+
+def test_floor() -> None:
+    """Forward 4 units, backward 7, where a unit is one q-sized tensor."""
+    unit = 8 * 16 * 1024 * 64 * 2
+    assert Case("x", 8, 16, 1024, 64).floor_bytes() == (4 * unit, 7 * unit)
+
+
+def test_every_case_is_a_possible_attention() -> None:
+    for case in (c for cases in SUITES.values() for c in cases):
+        small = Case(**{**case.__dict__, "B": 1, "H": 1, "N": 5, "dtype": torch.float32})
+        inputs = measure.make_inputs(small, "cpu")
+        assert naive(small)(inputs.q, inputs.k, inputs.v).shape == inputs.do.shape
