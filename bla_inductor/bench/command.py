@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bla_inductor.bench import measure, output
+from bla_inductor.bench import measure, models, output
 from bla_inductor.bench.cases import SUITES, Case
 from bla_inductor.bench.output import Row
 from bla_inductor.bench.providers import PROVIDERS, Attention, provider
@@ -26,9 +26,10 @@ _SDPA_LIMIT = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("suite", choices=sorted([*SUITES, "models"]))
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated")
     parser.add_argument("--lengths", default="", help="only these N, comma-separated")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--base", metavar="REF", help="also measure bla at this git revision")
@@ -42,9 +43,13 @@ def run(given: argparse.Namespace) -> int:
     if unknown:
         raise SystemExit(f"bench: no provider {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
     lengths = {int(n) for n in given.lengths.split(",") if n}
-    cases = [c for c in SUITES[given.suite] if not lengths or c.N in lengths]
-    if not cases:
-        raise SystemExit(f"bench: the suite {given.suite!r} has no case with N of {given.lengths}")
+    cases = [
+        c
+        for c in SUITES.get(given.suite, [])
+        if (not lengths or c.N in lengths) and given.only.lower() in c.name.lower()
+    ]
+    if not cases and given.suite != "models":
+        raise SystemExit(f"bench: no case of the suite {given.suite!r} is as asked for")
     if given.device == "cpu" and any(c.memory for c in cases):
         raise SystemExit("bench: the suite 'memory' measures CUDA memory; it needs a GPU")
     copy = measure.bandwidth(given.device)
@@ -55,14 +60,18 @@ def run(given: argparse.Namespace) -> int:
     print(
         f"{'case':34}{'run':14}{'provider':>9}{'ms':>9}{'GB/s':>8}{'% copy':>7}{'× Ind.':>7}  note"
     )
-    for case in cases:
-        for row in _case(case, chosen, given.device, copy):
-            key = (row.case, row.shape, row.dtype, row.run)
-            if row.provider == "bla" and row.ms and key in base:
-                row.base_ratio = base[key] / row.ms
-                row.note = f"{row.base_ratio:.2f}× {given.base} {row.note}".strip()
-            rows.append(row)
-            _show(row)
+    found: Iterator[Row] = (
+        row for case in cases for row in _case(case, chosen, given.device, copy)
+    )
+    if given.suite == "models":
+        found = models.run(chosen, given.device, lengths, given.only)
+    for row in found:
+        key = (row.case, row.shape, row.dtype, row.run)
+        if row.provider == "bla" and row.ms and key in base:
+            row.base_ratio = base[key] / row.ms
+            row.note = f"{row.base_ratio:.2f}× {given.base} {row.note}".strip()
+        rows.append(row)
+        _show(row)
     stem = given.out / f"{given.suite}-{header['device'].split(' (')[0].replace(' ', '-')}"
     output.write_csv(stem.with_suffix(".csv"), rows, header)
     print(f"wrote {stem.with_suffix('.csv')}")
@@ -155,6 +164,7 @@ def _base_times(given: argparse.Namespace) -> dict[tuple[str, ...], float]:
             command = [sys.executable, "-m", "bla_inductor", "bench", given.suite, "--no-plot"]
             command += ["--providers", "bla", "--device", given.device, "--out", str(out)]
             command += ["--lengths", given.lengths] if given.lengths else []
+            command += ["--only", given.only] if given.only else []
             subprocess.run(
                 command, check=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(site)}
             )

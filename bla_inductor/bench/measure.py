@@ -13,7 +13,15 @@ from torch import Tensor
 from bla_inductor.bench.cases import Case
 from bla_inductor.bench.providers import Attention, naive
 
-__all__ = ["Inputs", "bandwidth", "inaccuracy", "make_inputs", "milliseconds", "peak_bytes"]
+__all__ = [
+    "Inputs",
+    "bandwidth",
+    "error",
+    "inaccuracy",
+    "make_inputs",
+    "milliseconds",
+    "peak_bytes",
+]
 
 # Times the error of the naive graph itself. In fp32 the order of summation alone moves either error
 # by tens of percent; a 16-bit result is rounded once, after sums that are exact in comparison.
@@ -120,8 +128,8 @@ def inaccuracy(function: Attention, case: Case, inputs: Inputs) -> float:
     floor = _ROUNDINGS * torch.finfo(case.dtype).eps
     worst = 0.0
     for got, eager, truth in zip(ours, theirs, exact, strict=True):
-        allowed = max(factor * _error(eager, truth), floor)
-        worst = max(worst, _error(got, truth) / allowed)
+        allowed = max(factor * error(eager, truth), floor)
+        worst = max(worst, error(got, truth) / allowed)
     return worst
 
 
@@ -130,6 +138,6 @@ def _results(function: Attention, leaves: list[Tensor], do: Tensor) -> list[Tens
     return [out.detach(), *torch.autograd.grad(out, leaves, do)]
 
 
-def _error(got: Tensor, exact: Tensor) -> float:
+def error(got: Tensor, exact: Tensor) -> float:
     ratio = ((got.double() - exact).norm() / exact.norm()).item()
     return ratio if ratio == ratio else float("inf")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bla_inductor.__main__ import main
-from bla_inductor.bench import command, measure
+from bla_inductor.bench import command, measure, models
 from bla_inductor.bench.cases import SUITES, Case
 from bla_inductor.bench.output import read_csv
 from bla_inductor.bench.providers import naive
@@ -70,3 +70,15 @@ def test_every_case_is_a_possible_attention() -> None:
         small = Case(**{**case.__dict__, "B": 1, "H": 1, "N": 5, "dtype": torch.float32})
         inputs = measure.make_inputs(small, "cpu")
         assert naive(small)(inputs.q, inputs.k, inputs.v).shape == inputs.do.shape
+
+
+def test_models(tmp_path, monkeypatch) -> None:
+    """The suite of whole models: the zoo is found, both runs are timed, and checked before."""
+    small = models._zoo("mlla", "LinearAttention", 8, 2, shape=(1, 2, 3, 8))
+    monkeypatch.setattr(models, "MODELS", [models.Model("MLLA", 6, small, torch.float32)])
+    common = ["--device", "cpu", "--out", str(tmp_path), "--no-plot", "--providers", "torch"]
+    assert main(["bench", "models", *common]) == 0
+    (file,) = tmp_path.glob("*.csv")
+    rows = read_csv(file)
+    assert [r["run"] for r in rows] == ["inference", "training step"]
+    assert all(0 < float(r["inaccuracy"]) <= 1 for r in rows)

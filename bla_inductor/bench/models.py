@@ -1,0 +1,201 @@
+"""The suite `models`: whole blocks and models, inference and training step, GPU time.
+
+The blocks are those of examples/zoo at the sizes of their papers' first stages; SANA and
+AutoencoderDC are diffusers'. Times are CUDA-graph replays of everything, parameters' gradients
+included, because small steps are bound by the host otherwise. `compile` is the seconds of the first
+call with empty caches.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bla_inductor.bench import measure
+from bla_inductor.bench.output import Row
+
+__all__ = ["MODELS", "Model", "run"]
+
+_EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+_FACTOR, _ROUNDINGS = 1.1, 8.0
+Made = tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """make: the module, its inputs and keyword arguments; N: tokens that the attention sees."""
+
+    name: str
+    N: int
+    make: Callable[[], Made]
+    dtype: torch.dtype = torch.bfloat16
+    training: bool = True
+
+
+def _zoo(module: str, name: str, *args: Any, shape: tuple[int, ...], **kwargs: Any) -> Any:
+    def make() -> Made:
+        if str(_EXAMPLES) not in sys.path:
+            sys.path.insert(0, str(_EXAMPLES))
+        kind = getattr(importlib.import_module(f"zoo.{module}"), name)
+        return kind(*args, **kwargs), (torch.randn(shape),), {}
+
+    return make
+
+
+def _sana(side: int) -> Callable[[], Made]:
+    def make() -> Made:
+        from diffusers import SanaTransformer2DModel
+
+        model = SanaTransformer2DModel(num_layers=2, sample_size=side)
+        x, caption = torch.randn(1, 32, side, side), torch.randn(1, 300, 2304)
+        timestep = torch.tensor([500.0])
+        return model, (x, caption), {"timestep": timestep, "return_dict": False}
+
+    return make
+
+
+def _dc(side: int) -> Callable[[], Made]:
+    def make() -> Made:
+        from diffusers import AutoencoderDC
+
+        widths = (128, 256, 512)
+        blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
+        model = AutoencoderDC(
+            in_channels=3,
+            latent_channels=32,
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            encoder_block_types=blocks,
+            decoder_block_types=blocks,
+            encoder_layers_per_block=(1, 1, 3),
+            decoder_layers_per_block=(1, 1, 3),
+            encoder_qkv_multiscales=((), (), (5,)),
+            decoder_qkv_multiscales=((), (), (5,)),
+        )
+        return model, (torch.randn(1, 3, side, side),), {"return_dict": False}
+
+    return make
+
+
+MODELS = [
+    Model("SANA", 1024, _sana(32)),
+    Model("SANA", 4096, _sana(64)),
+    Model("SANA", 16384, _sana(128)),
+    Model("AutoencoderDC", 4096, _dc(256)),
+    Model("MLLA block", 3136, _zoo("mlla", "MLLABlock", 64, 2, shape=(64, 56, 56, 64))),
+    Model(
+        "FLatten attention",
+        3136,
+        _zoo("focused_la", "FocusedLinearAttention", 64, (56, 56), 2, shape=(64, 3136, 64)),
+    ),
+    Model(
+        "PolaFormer attention",
+        3136,
+        _zoo("polaformer", "PolaLinearAttention", 64, (56, 56), 2, shape=(64, 3136, 64)),
+    ),
+    Model(
+        "RALA attention",
+        3136,
+        _zoo("rala", "RankAugmentedLinearAttention", 64, 2, shape=(64, 64, 56, 56)),
+    ),
+    Model("VSSD mixer", 3136, _zoo("vssd", "NonCausalSSD", 64, shape=(64, 56, 56, 64))),
+]
+
+
+def run(providers: Sequence[str], device: str, lengths: set[int], only: str) -> Iterator[Row]:
+    """Rows for the models whose name contains `only` and whose N is in `lengths` (all if empty)."""
+    for model in MODELS:
+        if (lengths and model.N not in lengths) or only.lower() not in model.name.lower():
+            continue
+        yield from _model(
+            model, [p for p in providers if p in ("torch", "inductor", "bla")], device
+        )
+
+
+def _model(model: Model, providers: Sequence[str], device: str) -> Iterator[Row]:
+    torch.manual_seed(0)
+    module, inputs, kwargs = model.make()
+    module = module.to(device, model.dtype)
+    inputs = tuple(x.to(device, model.dtype) for x in inputs)
+    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    truth = _results(copy.deepcopy(module).double(), [x.double() for x in inputs], kwargs)
+    eager = _results(module, inputs, kwargs)
+    inductor: dict[str, float] = {}
+    kind = str(model.dtype).removeprefix("torch.")
+    blank = Row(model.name, f"N{model.N}", model.N, kind, "", "", "")
+    for name in providers:
+        torch._dynamo.reset()
+        ours = module if name == "torch" else torch.compile(module, backend=name, dynamic=False)
+        start = time.perf_counter()
+        wrong = _worst(_results(ours, inputs, kwargs), eager, truth, model.dtype)
+        compiling = time.perf_counter() - start
+        row = replace(blank, provider=name, inaccuracy=wrong)
+        if not wrong <= 1:
+            yield replace(row, run="training step", note="WRONG: not timed")
+            continue
+        for run_name, step in _steps(ours, module, inputs, kwargs).items():
+            ms = measure.milliseconds(step, device)
+            if name == "inductor":
+                inductor[run_name] = ms
+            made = replace(row, run=run_name, ms=ms)
+            if run_name in inductor:
+                made.inductor_ratio = inductor[run_name] / ms
+            if name != "torch" and run_name == "training step":
+                made.note = f"compiled in {compiling:.1f} s"
+            yield made
+
+
+def _steps(
+    ours: Callable[..., Any], module: nn.Module, inputs: Sequence[Tensor], kwargs: dict[str, Any]
+) -> dict[str, Callable[[], object]]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def inference() -> object:
+        with torch.no_grad():
+            return ours(*inputs, **kwargs)
+
+    with torch.no_grad():
+        incoming = torch.randn_like(_tensor(ours(*inputs, **kwargs)))
+
+    def training() -> object:
+        out = _tensor(ours(*inputs, **kwargs))
+        return torch.autograd.grad(out, parameters, incoming, allow_unused=True)
+
+    return {"inference": inference, "training step": training}
+
+
+def _tensor(out: Any) -> Tensor:
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _results(
+    function: Callable[..., Any], inputs: Sequence[Tensor], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """The output, and the gradients of all parameters as one vector."""
+    module: Any = getattr(function, "_orig_mod", function)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    out = _tensor(function(*inputs, **kwargs))
+    generator = torch.Generator(out.device).manual_seed(1)
+    incoming = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
+    grads = torch.autograd.grad(out, parameters, incoming, allow_unused=True)
+    return [out.detach(), torch.cat([g.flatten() for g in grads if g is not None])]
+
+
+def _worst(
+    ours: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+) -> float:
+    """The largest error over what is allowed: eager's own error times 1.1, a few roundings."""
+    floor = _ROUNDINGS * torch.finfo(dtype).eps
+    return max(
+        measure.error(a, c) / max(_FACTOR * measure.error(b, c), floor)
+        for a, b, c in zip(ours, eager, truth, strict=True)
+    )
