@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 
 def inference_aware_pass() -> type | None:
@@ -38,3 +40,25 @@ def register_decompositions(table: Mapping[Any, Callable[..., Any]]) -> None:
     derived = getattr(decomposition, "fast_random_decomps", None)
     if derived is not None and hasattr(derived, "cache_clear"):
         derived.cache_clear()
+
+
+def below_autograd() -> contextlib.AbstractContextManager[None]:
+    """Operators arrive at dispatch modes whole, and views of tensors are not tracked."""
+    return torch._C._AutoDispatchBelowADInplaceOrView()
+
+
+@contextlib.contextmanager
+def replacements(gm: fx.GraphModule) -> Iterator[dict[str, str]]:
+    """The names of nodes whose readers are given another node, and the name of that node."""
+    replaced: dict[str, str] = {}
+
+    def note(old: fx.Node, new: str, user: fx.Node) -> None:
+        replaced[old.name] = new
+
+    with gm._set_replace_hook(note):
+        yield replaced
+
+
+def clamp_is_flat_at_its_bounds() -> bool:
+    """Whether `x.clamp(min=a)` has the derivative 0 where x is a (since 2.14); before, it is 1."""
+    return torch.__version__ >= "2.14"

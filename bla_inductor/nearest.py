@@ -20,14 +20,18 @@ __all__ = ["nearest"]
 aten = torch.ops.aten
 _MOST_STEPS = 6
 _SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
-_RANDOM = {aten.native_dropout, aten.bernoulli, aten.rand_like}
+_RANDOM = {"native_dropout", "bernoulli", "rand_like"}
 
 
 def nearest(gm: fx.GraphModule, seen: Observation) -> list[Refusal]:
     """One refusal for each line where a step between two products is all that is in the way."""
     found: dict[tuple[str, str], Refusal] = {}
+    told: set[Leaf] = set()
     for node in gm.graph.nodes:
-        reason = _attention_call(node) or _between(seen.values.get(node))
+        reason, step = _attention_call(node), _between(seen.values.get(node), seen)
+        if step is not None and step not in told:  # else a reshape of the same, lines below
+            told.add(step)
+            reason = _reason(step)
         if reason is not None:
             refusal = Refusal(FAMILY, reason, locate(node), node.name)
             found.setdefault((str(refusal.location), reason), refusal)
@@ -43,48 +47,54 @@ def _attention_call(node: fx.Node) -> str | None:
     return None
 
 
-def _between(value: Value | None) -> str | None:
+def _between(value: Value | None, seen: Observation) -> Leaf | None:
     """The step between two products, where `value` is the second."""
     if value is None or value.term.depth != 1 or len(value.term.factors) < 2:
         return None
     for read in value.term.factors:
         if isinstance(read, Read) and read.indices() & set(value.term.bound):
-            for leaf in _below(read.leaf):
-                if leaf.origin is not None and any(map(_is_product, leaf.origin.args)):
-                    return _reason(leaf)
+            for leaf in _below(read.leaf, seen):
+                if any(map(_is_product, _made_of(leaf, seen))):
+                    return leaf
     return None
 
 
-def _below(leaf: Leaf) -> Iterator[Leaf]:
+def _made_of(leaf: Leaf, seen: Observation) -> list[Value]:
+    """The tensors that `leaf` was made from. A dropout has two results, and so no origin."""
+    if leaf.origin is not None:
+        return [a for a in leaf.origin.args if isinstance(a, Value)]
+    if leaf.node is not None and leaf.operation in _RANDOM:
+        return [seen.values[n] for n in leaf.node.all_input_nodes if n in seen.values]
+    return []
+
+
+def _below(leaf: Leaf, seen: Observation) -> Iterator[Leaf]:
     """`leaf` and what it was made from, one operator after the other."""
     pending, steps = [leaf], 0
     while pending and steps < _MOST_STEPS:
         leaf = pending.pop(0)
         steps += 1
         yield leaf
-        if leaf.origin is not None:
-            values = [a for a in leaf.origin.args if isinstance(a, Value)]
-            pending += [below for v in values if not _is_product(v) for below in v.term.leaves()]
+        values = [v for v in _made_of(leaf, seen) if not _is_product(v)]
+        pending += [below for v in values for below in v.term.leaves()]
 
 
-def _is_product(argument: object) -> bool:
+def _is_product(value: Value) -> bool:
     """A contraction of two tensors that depend on the input."""
-    if not isinstance(argument, Value) or argument.term.depth < 1:
+    if value.term.depth < 1:
         return False
-    reads = [f for f in argument.term.factors if isinstance(f, Read) and not f.leaf.fixed]
+    reads = [f for f in value.term.factors if isinstance(f, Read) and not f.leaf.fixed]
     return len(reads) > 1
 
 
 def _reason(leaf: Leaf) -> str:
-    assert leaf.origin is not None
-    operator = leaf.origin.operator
     name = leaf.operation
-    if operator in _SOFTMAX:
+    if leaf.origin is not None and leaf.origin.operator in _SOFTMAX:
         return (
             "a softmax stands between the two products: softmax attention (or, over channels, "
             "cross-covariance attention) has no linear form"
         )
-    if operator in _RANDOM:
+    if name in _RANDOM:
         return (
             "a dropout stands between the two products, and every entry it drops is random; "
             "put it on the output, or call model.eval()"

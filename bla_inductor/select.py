@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
-from bla_inductor.algebra import Observation
+from bla_inductor.algebra import Guard, Observation, Read, Value
 from bla_inductor.cost import decide
 from bla_inductor.emit import Emitter, Unemittable
 from bla_inductor.operands import Catalogue
@@ -76,6 +77,9 @@ class _Selector:
             if idle and not has_effect(node, self.seen, needed):
                 continue
             attention = self.matched(node)
+            if isinstance(attention, LinearAttention) and attention.note:
+                note = Refusal(FAMILY, attention.note, locate(node), node.name)
+                refused[attention.note, frozenset()] = note
             if isinstance(attention, LinearAttention) and not self.better_inside(node, attention):
                 plan = self.plan(node, attention)
                 if not isinstance(plan, Refusal):
@@ -96,15 +100,30 @@ class _Selector:
 
     def matched(self, node: fx.Node) -> LinearAttention | Mismatch | None:
         if node not in self.found:
-            value = self.seen.values.get(node)
+            value = self.value(node)
             self.found[node] = None
-            if value is not None and len(value.term.bound) > 1 and node.op != "placeholder":
+            if value is not None and node.op != "placeholder" and _is_product(value):
                 self.found[node] = match(
                     value,
                     lambda factors: self.catalogue.find(factors, node) is not None,
                     self.seen.hint,
                 )
         return self.found[node]
+
+    def value(self, node: fx.Node) -> Value | None:
+        """What is matched at `node`: its Value, or the product in a sum that one operator makes."""
+        value = self.seen.values.get(node)
+        factors = value.term.factors if value is not None else ()
+        if len(factors) != 1 or not isinstance(read := factors[0], Read) or value is None:
+            return value
+        origin = read.leaf.origin if read.leaf.node is node else None
+        if origin is None or origin.operator is not torch.ops.aten.add:
+            return value
+        first = origin.args[0]
+        if not isinstance(first, Value) or "alpha" not in dict(origin.kwargs):
+            return value
+        apart = any(self.seen.values.get(n) is first for n in node.all_input_nodes)
+        return value if apart or not _is_product(first) else first
 
     def better_inside(self, node: fx.Node, attention: LinearAttention) -> bool:
         """Whether an input of `node` is as rich a match and a better root.
@@ -134,7 +153,9 @@ class _Selector:
         location = locate(self.statement(node, attention))
         emitter = Emitter(self.gm, self.seen, node)
         try:
-            plan = Plan.make(node, attention, self.seen, self.catalogue, location)
+            value = self.value(node)
+            assert value is not None
+            plan = Plan.make(node, attention, self.seen, self.catalogue, location, value)
             refusal = self.objection(plan)
             if refusal is not None or self.options.rewrite == "off":
                 return refusal or (plan, node)
@@ -161,6 +182,11 @@ class _Selector:
         storage = self.seen.storage_of(self.seen.tensors[node])
         tensors = self.seen.tensors.items()
         return next(n for n, t in tensors if self.seen.storage_of(t) == storage) is node
+
+
+def _is_product(value: Value) -> bool:
+    """Whether there is a sense in matching it."""
+    return len(value.term.bound) > 1 or any(isinstance(f, Guard) for f in value.term.factors)
 
 
 def _as_rich(a: LinearAttention, b: LinearAttention) -> bool:

@@ -8,7 +8,8 @@ several operands, or the wrong single one, carry is a batch index. Sizes play no
 
 Factors beyond the declared operands join the operand whose letters cover theirs (a key weight joins
 k), or stay outside when the result's letters cover them (a gate on the output). Where several would
-do, the one with which the factor already is a tensor of the graph (`known`) is taken.
+do, the one with which the factor already is a tensor of the graph (`known`) is taken. A divisor may
+be the normaliser although somebody divided an operand by it, so that is a second reading.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from bla_inductor.algebra import Factor, Index, Read, Term
+from bla_inductor.algebra import Factor, Guard, Index, Read, Term
 
 __all__ = ["Contraction", "Known", "Roles", "Unsplittable"]
 
@@ -77,7 +78,12 @@ class Contraction:
             if letters is None:
                 continue
             rest = [f for f in term.factors if not any(f is c for c in chosen)]
-            yield self._assign(dict(zip(self.operands, chosen, strict=True)), letters, rest, known)
+            core = dict(zip(self.operands, chosen, strict=True))
+            for divided in (False, True):
+                roles = self._assign(core, letters, rest, known, divided)
+                yield roles
+                if isinstance(roles, Unsplittable) or not any(map(_divisor, rest)):
+                    break
 
     def _letters(
         self, carried: dict[str, frozenset[Index]], bound: frozenset[Index]
@@ -115,6 +121,7 @@ class Contraction:
         letters: dict[str, tuple[Index, ...]],
         rest: list[Factor],
         known: Known,
+        divided: bool,
     ) -> Roles | Unsplittable:
         batch = list(letters[""])
         carried = {i for indices in letters.values() for i in indices}
@@ -133,7 +140,10 @@ class Contraction:
                     x for x, found in letters.items() if x and factor.indices() & set(found)
                 )
                 return Unsplittable(factor, coupled)
-            homes.append((factor, fitting))
+            if divided and _divisor(factor) and factor.indices() <= result:
+                outer.append(factor)
+            else:
+                homes.append((factor, fitting))
         while homes:
             at, home = next(
                 (
@@ -153,3 +163,7 @@ class Contraction:
                 groups[fitting[0]].append(factor)
         operands = {name: tuple(factors) for name, factors in groups.items()}
         return Roles(operands, {x: i for x, i in letters.items() if x}, tuple(batch), tuple(outer))
+
+
+def _divisor(factor: Factor) -> bool:
+    return isinstance(factor, Guard) and factor.power == -1

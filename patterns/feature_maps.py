@@ -15,34 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import sympy
 import torch
 
-from bla_inductor.algebra import Axes, Factor, Guard, Index, Inexpressible, Leaf, Read, Term, Value
+from bla_inductor.algebra import Axes, Factor, Index, Inexpressible, Leaf, Read, Term, Value
 from bla_inductor.algebra.index import refine
 from bla_inductor.algebra.registry import number
+from bla_inductor.compat import clamp_is_flat_at_its_bounds
+from bla_inductor.ops.elementary import Absolute, Log, Power, Sigmoid, Sqrt
+from bla_inductor.ops.feature_map import RowWise, Stage, canonical, text_of
 
 __all__ = ["FeatureMap", "RowWise", "X", "capture"]
 
 aten = torch.ops.aten
 X = sympy.Symbol("x", real=True)
+_HALF = sympy.Rational(1, 2)
 _MOST_STAGES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class RowWise:
-    """A step over the whole feature row: "softmax", or "l2" (x / max(‖x‖₂, eps), or ‖x‖₂ + eps)."""
-
-    kind: str
-    eps: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.kind}(x)" if not self.eps else f"{self.kind}(x, eps={self.eps:g})"
-
-
-Stage: TypeAlias = sympy.Expr | RowWise
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +46,11 @@ class FeatureMap:
     @property
     def identity(self) -> bool:
         return not self.stages
+
+    @property
+    def text(self) -> str:
+        """As the operators take it."""
+        return canonical(text_of(self.stages))
 
     def __str__(self) -> str:
         return " → ".join(_text(s) for s in self.stages) or "x"
@@ -85,7 +80,7 @@ def capture(factors: Sequence[Factor], features: Sequence[Index]) -> FeatureMap 
             if leaf.node is not None:
                 best = FeatureMap(leaf, axes, tuple(stages))
             term = Term((Read(leaf, axes, leaf.dtype),))
-        row = _softmax(term, features) or _l2(term, features)
+        row = _softmax(term, features) or _normalised(term, features)
         if row is None:
             break
         stage, term = row
@@ -103,7 +98,7 @@ def _compose(term: Term, named: bool) -> tuple[Leaf, Axes, sympy.Expr] | None:
     expr: sympy.Expr = sympy.Integer(1) if coef == 1 else sympy.Float(coef)
     base: tuple[Leaf, Axes] | None = None
     for factor in term.factors:
-        if isinstance(factor, Guard):
+        if not isinstance(factor, Read):
             return None
         traced = _trace(factor, named)
         if traced is None:
@@ -206,8 +201,8 @@ def _softmax(term: Term, features: Sequence[Index]) -> tuple[RowWise, Term] | No
         return None
 
 
-def _l2(term: Term, features: Sequence[Index]) -> tuple[RowWise, Term] | None:
-    """x / ‖x‖₂ over the feature indices, with the guard that the norm has; and x."""
+def _normalised(term: Term, features: Sequence[Index]) -> tuple[RowWise, Term] | None:
+    """x / ‖x‖ over the feature indices, with the guard that the norm has; and x."""
     if len(term.factors) == 1 and isinstance(read := term.factors[0], Read):
         origin = read.leaf.origin
         if origin is None or origin.operator is not None or read.power != 1:
@@ -224,29 +219,34 @@ def _l2(term: Term, features: Sequence[Index]) -> tuple[RowWise, Term] | None:
     norm = _norm_of(below[0], features)
     if norm is None:
         return None
-    inner, eps = norm
+    stage, inner = norm
     same = _compose(inner, named=True) == _compose(rest, named=True) is not None
-    return (RowWise("l2", eps), inner) if same else None
+    return (stage, inner) if same else None
 
 
-def _norm_of(read: Read, features: Sequence[Index]) -> tuple[Term, float] | None:
-    """What a divisor is the L2 norm of, and its eps."""
-    eps, origin = 0.0, read.leaf.origin
+def _norm_of(read: Read, features: Sequence[Index]) -> tuple[RowWise, Term] | None:
+    """The stage that divides by this norm, L1 or L2 with its guard, and what the norm is of."""
+    eps, guard, origin = 0.0, "max", read.leaf.origin
     if origin is not None and origin.operator in (aten.clamp_min, aten.clamp, aten.add):
-        bound = number(origin.args[1] if len(origin.args) > 1 else dict(origin.kwargs).get("min"))
-        factors = origin.args[0].term.factors
-        if not isinstance(bound, float) or len(factors) != 1 or isinstance(factors[0], Guard):
+        guard = "add" if origin.operator is aten.add else "max"
+        args, kwargs = origin.args, dict(origin.kwargs)
+        bound = number(args[1] if len(args) > 1 else kwargs.pop("min", None))
+        factors = args[0].term.factors
+        if not isinstance(bound, float) or len(factors) != 1 or not isinstance(factors[0], Read):
+            return None
+        if kwargs or args[2:]:  # an upper bound as well, or a factor of eps
             return None
         eps, origin = bound, factors[0].leaf.origin
     if origin is None or origin.operator is not aten.linalg_vector_norm:
         return None
     value, order, dims = (*origin.args, 2, None)[:3] if len(origin.args) < 3 else origin.args[:3]
-    if number(order) != 2 or not isinstance(dims, Sequence) or len(dims) != 1:
+    kind = {1.0: "l1", 2.0: "l2"}.get(number(order) or 0.0)
+    if kind is None or not isinstance(dims, Sequence) or len(dims) != 1:
         return None
     dim = dims[0] % len(value.axes)
     spread = tuple(tuple(features) if d == dim else a for d, a in enumerate(read.axes))
     try:
-        return _placed(value, spread), eps
+        return RowWise(kind, eps, guard if eps else "max"), _placed(value, spread)
     except Inexpressible:
         return None
 
@@ -267,34 +267,49 @@ def _gelu(x: Any, *, approximate: str = "none") -> sympy.Expr:
 
 
 def _clamp(x: Any, low: Any = None, high: Any = None, **kw: Any) -> sympy.Expr:
+    """NaN stays, and a value at a bound has the derivative that this torch gives it."""
     low, high = kw.get("min", low), kw.get("max", high)
-    if low is not None:
-        x = _piecewise((x, x > low), (low, True))
-    return x if high is None else _piecewise((x, x < high), (high, True))
+    if low is not None and high is not None and low >= high:
+        return sympy.sympify(high)
+    flat = clamp_is_flat_at_its_bounds()
+    pieces = [] if low is None else [(low, x <= low if flat else x < low)]
+    pieces += [] if high is None else [(high, x >= high if flat else x > high)]
+    return _piecewise(*pieces, (x, True))
+
+
+def _hardtanh(x: Any, low: Any = -1, high: Any = 1) -> sympy.Expr:
+    """A clamp whose derivative at the bounds is 0."""
+    return _piecewise((low, x <= low), (high, x >= high), (x, True))
 
 
 def _softplus(x: Any, beta: Any = 1, threshold: Any = 20) -> sympy.Expr:
-    return _piecewise((x, beta * x > threshold), (sympy.log(1 + sympy.exp(beta * x)) / beta, True))
+    return _piecewise((x, beta * x > threshold), (Log(1 + sympy.exp(beta * x)) / beta, True))
 
 
 def _plus(x: Any, y: Any, *, alpha: Any = 1) -> sympy.Expr:
     return x + alpha * y
 
 
-def _sigmoid(x: Any) -> sympy.Expr:
-    return 1 / (1 + sympy.exp(-x))
+def _power(x: Any, y: Any) -> sympy.Expr:
+    """x ** y, of which one is a number."""
+    if isinstance(y, sympy.Expr) and not y.is_number:
+        if not x > 0:
+            raise ValueError("a negative base")
+        return x**y
+    return Power(x, y)
 
 
+# The piece with True is the one that NaN falls into, so it is one that depends on x.
 POINTWISE: dict[Any, Callable[..., sympy.Expr]] = {
-    aten.relu: lambda x: _piecewise((x, x > 0), (0, True)),
+    aten.relu: lambda x: _piecewise((0, x <= 0), (x, True)),
     aten.elu: _elu,
     aten.exp: sympy.exp,
     aten.exp2: lambda x: 2**x,
     aten.expm1: lambda x: sympy.exp(x) - 1,
-    aten.log: sympy.log,
-    aten.log1p: lambda x: sympy.log(1 + x),
-    aten.sigmoid: _sigmoid,
-    aten.silu: lambda x: x * _sigmoid(x),
+    aten.log: Log,
+    aten.log1p: lambda x: Log(1 + x),
+    aten.sigmoid: Sigmoid,
+    aten.silu: lambda x: x * Sigmoid(x),
     aten.gelu: _gelu,
     aten.tanh: sympy.tanh,
     aten.erf: sympy.erf,
@@ -302,11 +317,11 @@ POINTWISE: dict[Any, Callable[..., sympy.Expr]] = {
     aten.cos: sympy.cos,
     aten.leaky_relu: lambda x, slope=0.01: _piecewise((x, x > 0), (slope * x, True)),
     aten.softplus: _softplus,
-    aten.abs: sympy.Abs,
-    aten.sqrt: sympy.sqrt,
-    aten.rsqrt: lambda x: 1 / sympy.sqrt(x),
+    aten.abs: Absolute,
+    aten.sqrt: Sqrt,
+    aten.rsqrt: lambda x: 1 / Sqrt(x),
     aten.square: lambda x: x**2,
-    aten.pow: lambda x, y: x**y,
+    aten.pow: _power,
     aten.reciprocal: lambda x: 1 / x,
     aten.neg: lambda x: -x,
     aten.add: _plus,
@@ -316,7 +331,7 @@ POINTWISE: dict[Any, Callable[..., sympy.Expr]] = {
     aten.div: lambda x, y: x / y,
     aten.clamp: _clamp,
     aten.clamp_min: _clamp,
-    aten.hardtanh: lambda x, low=-1, high=1: _clamp(x, low, high),
-    aten.hardsigmoid: lambda x: _clamp(x + 3, 0, 6) / 6,
-    aten.hardswish: lambda x: x * _clamp(x + 3, 0, 6) / 6,
+    aten.hardtanh: _hardtanh,
+    aten.hardsigmoid: lambda x: _piecewise((0, x <= -3), (1, x >= 3), (x / 6 + _HALF, True)),
+    aten.hardswish: lambda x: _piecewise((0, x <= -3), (x, x >= 3), (x * (x + 3) / 6, True)),
 }

@@ -13,42 +13,31 @@ keys and values (the head joins the queries), and V padded with ones. The chain 
 backwards as v–k–q: the normaliser tells which end the queries are; without one, the longer summed
 index is the sequence.
 
-Not handled: a sum of several terms in the numerator, a divisor that is not Σ q'k', a factor that
-couples queries with keys (a causal mask, a position bias): Mismatch, with the reason.
+A divisor that is not Σ q'k' in one of the guards, or a term added to the numerator, leaves the
+numerator alone as the match, with a note. Not handled: a factor that couples queries with keys (a
+causal mask, a position bias), or features with value channels: Mismatch, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from bla_inductor.patterns.contraction import Contraction, Known, Roles, Unsplittable
+from bla_inductor.patterns.normaliser import Mismatch, Normaliser, coupling, hidden, normaliser
 
-from bla_inductor.algebra import Factor, Guard, Index, Read, Size, Term, Value, product
+from bla_inductor.algebra import Delta, Factor, Guard, Index, Read, Size, Term, Value, product
 
 __all__ = ["FAMILY", "LinearAttention", "Mismatch", "match"]
 
 FAMILY = "linear attention"
 NUMERATOR = Contraction("q: n c, k: m c, v: m d -> n d")
-NORMALISER = Contraction("q: n c, k: m c -> n")
 
+aten = torch.ops.aten
+_SUMS = (aten.add, aten.sub)
 Hint = Callable[[Size], int]
-
-
-@dataclass(frozen=True, slots=True)
-class Normaliser:
-    """guard(scale · Σ_c Σ_m q[n,c] k[m,c]), with its own feature indices c and key indices m."""
-
-    kind: Literal["add", "clamp"]
-    scale: float | sympy.Expr
-    eps: float | sympy.Expr
-    q: tuple[Factor, ...]
-    k: tuple[Factor, ...]
-    c: tuple[Index, ...]
-    m: tuple[Index, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +58,7 @@ class LinearAttention:
 
     quadratic: bool  # written as (qkᵀ)v
     precision: torch.dtype | None  # the narrowest dtype that a sum was kept in
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """Close to the family, and why it is not of it."""
-
-    reason: str
+    note: str = ""  # why a divisor is not the normaliser
 
 
 def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch | None:
@@ -85,26 +68,51 @@ def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch 
     symbolic size.
     """
     term = value.term
-    guards = [f for f in term.factors if isinstance(f, Guard) and f.power == -1]
     mismatch: Mismatch | None = None
     best: LinearAttention | None = None
+    notes: dict[tuple[Index, ...], str] = {}  # by the key indices, which tell the readings apart
     for roles in NUMERATOR.solve(term, known):
         if isinstance(roles, Unsplittable):
-            mismatch = mismatch or Mismatch(_coupling(roles))
+            mismatch = mismatch or Mismatch(coupling(roles))
             continue
-        found = _complete(term, roles, guards, known)
+        found = _complete(term, roles, known)
         if isinstance(found, Mismatch):
             mismatch = found
-        elif best is None or _better(found, best, hint):
+            continue
+        notes[found.m] = notes.get(found.m) or found.note
+        if best is None or _better(found, best, hint):
             best = found
     if best is None:
-        return mismatch
+        return mismatch or _added(term, known, hint)
     stray = [i for axis in value.axes for i in axis if i not in {*best.batch, *best.n, *best.d}]
     if stray:
         return Mismatch("the result is expanded along an axis that no operand has")
     if not term.coef:
         return Mismatch("the product is multiplied by zero")
-    return best
+    return best if best.normaliser is not None else replace(best, note=notes[best.m])
+
+
+def _added(term: Term, known: Known, hint: Hint) -> Mismatch | None:
+    """Attention to which something is added before the next step can be told."""
+    for factor in term.factors:
+        if isinstance(factor, Guard) and factor.power == 1 and len(term.factors) > 1:
+            inner = [f for f in factor.term.factors if isinstance(f, Read)]
+            if len(inner) > 1 and factor.indices() & set(term.bound):
+                return Mismatch(
+                    "a number is added to the product kᵀv, or bounds it, before the product "
+                    "with q, so that the two cannot be reordered"
+                )
+        if not isinstance(factor, Read) or term.bound or (origin := factor.leaf.origin) is None:
+            continue
+        if origin.operator not in _SUMS:
+            continue
+        for value in [a for a in origin.args if isinstance(a, Value) and len(a.term.bound) > 1]:
+            if isinstance(match(value, known, hint), LinearAttention):
+                return Mismatch(
+                    f"`{factor.leaf}` adds a term to the numerator before the division: the "
+                    "numerator is replaced alone, the term and the division stay"
+                )
+    return None
 
 
 def _better(a: LinearAttention, b: LinearAttention, hint: Hint) -> bool:
@@ -114,25 +122,27 @@ def _better(a: LinearAttention, b: LinearAttention, hint: Hint) -> bool:
     return hint(product(i.size for i in a.m)) > hint(product(i.size for i in b.m))
 
 
-def _complete(
-    term: Term, roles: Roles, guards: list[Guard], known: Known
-) -> LinearAttention | Mismatch:
+def _complete(term: Term, roles: Roles, known: Known) -> LinearAttention | Mismatch:
     """The roles with their normaliser, if one of the outer factors is one."""
     letters, batch, n = roles.letters, roles.batch, roles.letters["n"]
-    normaliser = None
-    outer = list(roles.outer)
-    for guard in [g for g in guards if any(g is f for f in outer)]:
-        if not guard.indices() & set(n):
-            continue
-        found = _normaliser(guard, {*batch, *n}, known)
-        if isinstance(found, Mismatch):
-            return found
-        if normaliser is not None:
-            return Mismatch("the result is divided by two normalisers")
-        normaliser = found
-        outer = [f for f in outer if f is not guard]
-    if normaliser is not None:
-        keys = frozenset().union(*(f.indices() for f in normaliser.k))
+    if any(isinstance(f, Delta) for f in term.factors):
+        return Mismatch("the result is spread over a diagonal: what comes before that is replaced")
+    chosen: Normaliser | None = None
+    outer, note = list(roles.outer), ""
+    beside = (*roles.operands["q"], *roles.operands["k"])
+    leaves = {leaf for f in beside for leaf in f.leaves()}
+    for factor in [f for f in outer if _divides(f) and f.indices() & set(n)]:
+        if isinstance(factor, Guard):
+            found = normaliser(factor, {*batch, *n}, beside, known)
+            if isinstance(found, Normaliser) and chosen is None:
+                chosen = found
+                outer = [f for f in outer if f is not factor]
+            elif isinstance(found, Mismatch):
+                note = note or found.reason
+        elif isinstance(factor, Read) and (unfused := hidden(factor, leaves)):
+            note = note or unfused.reason
+    if chosen is not None:
+        keys = frozenset[Index]().union(*(f.indices() for f in chosen.k))
         shared = tuple(i for i in n if i in keys)  # a head that k' has and k has not
         batch, n = (*batch, *shared), tuple(i for i in n if i not in shared)
         if not n:
@@ -147,37 +157,13 @@ def _complete(
         letters["m"],
         letters["c"],
         letters["d"],
-        normaliser,
+        chosen,
         tuple(outer),
         term.bound[-1] in letters["m"],
         term.precision,
+        note,
     )
 
 
-def _normaliser(guard: Guard, allowed: set[Index], known: Known) -> Normaliser | Mismatch:
-    for roles in NORMALISER.solve(guard.term, known):
-        if isinstance(roles, Unsplittable):
-            return Mismatch(f"in the normaliser, {_coupling(roles)}")
-        q = (*roles.operands["q"], *roles.outer)
-        queries = frozenset().union(*(f.indices() for f in q))
-        if queries - set(roles.letters["c"]) <= allowed:
-            return Normaliser(
-                guard.kind,
-                guard.term.coef,
-                guard.eps,
-                q,
-                roles.operands["k"],
-                roles.letters["c"],
-                roles.letters["m"],
-            )
-    leaves = ", ".join(sorted({str(leaf) for leaf in guard.term.leaves()}))
-    return Mismatch(f"the divisor (of {leaves}) is not a sum of q·k over the keys")
-
-
-def _coupling(found: Unsplittable) -> str:
-    factor = found.factor
-    name = str(factor.leaf) if isinstance(factor, Read) else "a divisor"
-    return (
-        f"`{name}` couples the indices {' and '.join(found.letters)}, which no one of q, k, v has "
-        "together, like a causal mask or a position bias: no operand can take it in"
-    )
+def _divides(factor: Factor) -> bool:
+    return isinstance(factor, Guard | Read) and factor.power == -1

@@ -13,17 +13,29 @@ from bla_inductor.algebra.index import (
 )
 from bla_inductor.algebra.observation import Body, Observation, Opaque
 from bla_inductor.algebra.observe import observe
-from bla_inductor.algebra.term import Factor, Guard, Leaf, Origin, Read, Term, Value
+from bla_inductor.algebra.term import (
+    Delta,
+    Factor,
+    Guard,
+    Leaf,
+    Mask,
+    Origin,
+    Read,
+    Term,
+    Value,
+)
 
 __all__ = [
     "Axes",
     "Axis",
     "Body",
+    "Delta",
     "Factor",
     "Guard",
     "Index",
     "Inexpressible",
     "Leaf",
+    "Mask",
     "Observation",
     "Opaque",
     "Origin",

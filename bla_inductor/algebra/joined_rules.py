@@ -122,7 +122,7 @@ def _split(V: Lookup, out: Any, x: torch.Tensor, sizes: Any, dim: int = 0) -> Re
 
 def _joined(V: Lookup, out: torch.Tensor, dim: int, parts: list[Part]) -> Value:
     terms = [part.value.term for part in parts if part.value is not None]
-    fixed = all(term.fixed() or not term.factors for term in terms)
+    fixed = all(leaf.fixed for term in terms for leaf in term.leaves())
     shape = tuple(as_size(s) for s in out.shape)
     return leaf_value(Leaf(shape, out.dtype, fixed, "cat", parts=(dim, tuple(parts))))
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from bla_inductor.algebra.index import Index, as_size, equal, reshape_axes
-from bla_inductor.algebra.registry import Lookup, Result, Unruled, rule
-from bla_inductor.algebra.term import Value
+from bla_inductor.algebra.index import Index, as_size, axis_size, equal, refine, reshape_axes
+from bla_inductor.algebra.registry import Lookup, Result, Unruled, rule, scalar
+from bla_inductor.algebra.term import Value, constant
 
 __all__: list[str] = []
 
@@ -19,16 +19,36 @@ aten = torch.ops.aten
 @rule(aten.clone, aten.alias, aten.lift_fresh_copy, aten._to_copy, aten.contiguous, layout=True)
 def _same(V: Lookup, out: torch.Tensor, x: torch.Tensor, **_: Any) -> Result:
     value = V(x)
-    return value if value.dtype == out.dtype else value.cast(out.dtype)
+    written = scalar(V, x) if value.term.factors and not x.dim() else None
+    if written is not None:
+        return constant(written, out)
+    if value.dtype == out.dtype:
+        return value
+    if not _keeps(value, x.dtype, out.dtype):
+        return None
+    return value.cast(out.dtype)
+
+
+def _keeps(value: Value, before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether a cast changes nothing but precision: to integers it truncates, from complex numbers
+    it drops a part.
+    """
+    if before.is_complex or after.is_complex:
+        return before.is_complex and after.is_complex
+    if after.is_floating_point or before == torch.bool:
+        return True
+    zero_or_one = value.term.constant() and value.term.coef in (0, 1)
+    return zero_or_one or (not before.is_floating_point and after == torch.int64)
 
 
 @rule(aten.detach, layout=True)
 def _detach(V: Lookup, out: torch.Tensor, x: torch.Tensor) -> Result:
-    """A constant stays one; anything else is a leaf, or gradients would flow where the user cut
-    them.
+    """What has no gradient stays what it is; anything else is a leaf, or gradients would flow where
+    the user cut them.
     """
     value = V(x)
-    return None if value.term.factors else value
+    differentiable = out.dtype.is_floating_point or out.dtype.is_complex
+    return None if differentiable and not value.term.constant() else value
 
 
 @rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, layout=True)
@@ -58,6 +78,20 @@ def _transpose(V: Lookup, out: torch.Tensor, x: torch.Tensor, i: int = -2, j: in
     order = list(range(rank))
     order[i % rank], order[j % rank] = order[j % rank], order[i % rank]
     return _permuted(V(x), order)
+
+
+@rule(aten.diagonal)
+def _diagonal(
+    V: Lookup, out: torch.Tensor, x: torch.Tensor, offset: int = 0, i: int = 0, j: int = 1
+) -> Result:
+    value, rank = V(x).fresh(), x.dim()
+    a, b = value.axes[i % rank], value.axes[j % rank]
+    if offset != 0 or not equal(axis_size(a), axis_size(b)) or set(a) & set(b):
+        raise Unruled
+    to_a, to_b = refine(a, b)
+    value = value.substitute(to_a).substitute(to_b)
+    rest = tuple(v for d, v in enumerate(value.axes) if d not in (i % rank, j % rank))
+    return Value(value.term, (*rest, value.axes[i % rank]), value.dtype)
 
 
 @rule(aten.unsqueeze, layout=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bla_inductor.algebra.index import Size
 from bla_inductor.algebra.term import Value
@@ -23,24 +25,33 @@ class Opaque(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """The graph inside a higher-order operator; fixed[i]: argument i is a parameter or the like."""
+    """The graph inside a higher-order operator; fixed[i]: argument i is a parameter or the like.
+
+    autocast: the arguments of `torch.autocast` that it runs under, where they are its own.
+    """
 
     module: fx.GraphModule
     fixed: tuple[bool, ...]
+    autocast: tuple[Any, ...] | None = None
 
 
 @dataclass(slots=True)
 class Observation:
-    """What was seen: a Value and a fake tensor for every node with a tensor result."""
+    """What was seen: a Value and a fake tensor for every node with a tensor result.
+
+    rules: for each rule of the algebra, `NAME` how often it told a result and `NAME tried` how
+    often it was asked.
+    """
 
     values: dict[fx.Node, Value] = field(default_factory=dict)
     tensors: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
     position: dict[fx.Node, int] = field(default_factory=dict)
     bodies: list[Body] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    rules: Counter[str] = field(default_factory=Counter)
     writes: dict[int, list[int]] = field(default_factory=dict)
     storage: dict[int, int] = field(default_factory=dict)
-    shape_env: Any = None
+    mode: FakeTensorMode | None = None
     hints: dict[sympy.Symbol, int] = field(default_factory=dict)
 
     def hint(self, size: Size) -> int:

@@ -5,8 +5,11 @@ rules turn into Values. A Value is told in leaves, and every leaf is the result 
 that a rewrite can name it: where a node's inner workings made a leaf of their own, the node's
 result becomes the leaf.
 
-Nothing outside is changed: tensors are made anew from the metadata, guards are suppressed, autocast
-and RNG state are put back.
+The tensors are those that torch recorded when it traced the graph, and a node of one operator is
+not computed again (`recorded`). Where nothing was recorded, or where a node changes the shape of a
+tensor in place, so that the record is of no use, they are made anew and everything is run.
+
+Nothing outside is changed: guards are suppressed, autocast and RNG state are put back.
 """
 
 from __future__ import annotations
@@ -21,12 +24,17 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    disable_fake_tensor_cache,
+)
 from torch.utils import _pytree as pytree
 
 from bla_inductor.algebra.index import as_size
 from bla_inductor.algebra.observation import Body, Observation, Opaque
-from bla_inductor.algebra.observer import Observer
+from bla_inductor.algebra.observer import Observer, Reshaped
+from bla_inductor.algebra.recorded import NotOne
 
 __all__ = ["observe", "undisturbed"]
 
@@ -36,6 +44,8 @@ _TRANSPARENT = {
     "invoke_subgraph",
     "wrap",
     "wrap_activation_checkpoint",
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
 }
 
 
@@ -47,18 +57,31 @@ class _Walk(fx.Interpreter):
         self.observer, self.mode, self.fixed = observer, mode, iter(fixed)
         self.region: list[fx.Node] | None = None  # the nodes of a `no_grad` region of the user's
 
-    def fake(self, value: Any, *, fixed: bool = False, node: fx.Node | None = None) -> Any:
-        """A new fake tensor with the metadata of `value`; other values as they are."""
+    def leaf(self, value: Any, *, fixed: bool = False, node: fx.Node | None = None) -> Any:
+        """A recorded tensor as a leaf, or a new one with the metadata of `value`; other values as
+        they are.
+        """
         if not isinstance(value, torch.Tensor):
             return value
         plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor)
         if not (plain or isinstance(value, FakeTensor)) or value.layout != torch.strided:
             raise Opaque(f"an input is a {type(value).__name__}, which is not looked into")
-        tensor = torch.empty_strided(
-            value.shape, value.stride(), dtype=value.dtype, device=value.device
+        if id(value) in self.observer.values:
+            return value  # an operand that a higher-order operator hands on
+        if not self._trusted(value):
+            value = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=value.device
+            )
+        self.observer.new_leaf(value, fixed=fixed, node=node)
+        return value
+
+    def _trusted(self, value: Any) -> bool:
+        return (
+            self.observer.trusting
+            and isinstance(value, FakeTensor)
+            and value.fake_mode is self.mode
+            and value.layout == torch.strided
         )
-        self.observer.new_leaf(tensor, fixed=fixed, node=node)
-        return tensor
 
     def run_node(self, n: fx.Node) -> Any:
         self.observer.now += 1
@@ -74,14 +97,14 @@ class _Walk(fx.Interpreter):
         if n.op == "placeholder":
             real = super().run_node(n)
             known = n.meta.get("example_value", n.meta.get("val"))
-            tensor = self.fake(real if known is None else known, fixed=next(self.fixed), node=n)
+            tensor = self.leaf(real if known is None else known, fixed=next(self.fixed), node=n)
             self._note_hints(known if isinstance(known, torch.SymInt) else tensor)
             if isinstance(real, torch.Tensor) and isinstance(tensor, torch.Tensor):
                 seen = self.observer.seen
                 seen.storage[tensor.untyped_storage()._cdata] = real.untyped_storage()._cdata
             return tensor
         if n.op == "get_attr":
-            return self.fake(self.fetch_attr(str(n.target)), fixed=True, node=n)
+            return self.leaf(self.fetch_attr(str(n.target)), fixed=True, node=n)
         known = n.meta.get("example_value", n.meta.get("val"))
         if isinstance(known, bool | int | float | torch.SymInt | torch.SymFloat | torch.SymBool):
             return (
@@ -99,7 +122,16 @@ class _Walk(fx.Interpreter):
             return None
         if isinstance(n.target, HigherOrderOperator):
             return self._higher_order(n)
-        return super().run_node(n)
+        results = known if isinstance(known, tuple | list) else [known]
+        recorded = bool(results) and all(map(self._trusted, results))
+        if recorded:
+            try:
+                return self.observer.from_record(lambda: fx.Interpreter.run_node(self, n), known)
+            except NotOne:
+                pass
+        with enable_python_dispatcher():
+            result = super().run_node(n)
+        return self.observer.as_recorded(result, known) if recorded else result
 
     def _note_hints(self, value: Any) -> None:
         sizes = value.shape if isinstance(value, torch.Tensor) else [value]
@@ -114,19 +146,20 @@ class _Walk(fx.Interpreter):
         own.
         """
         args, _ = self.fetch_args_kwargs_from_env(n)
-        if n.target.name() in _TRANSPARENT if callable(n.target.name) else False:  # type: ignore[union-attr]
-            operands = [a for a in args if not isinstance(a, fx.GraphModule | str)]
+        name = n.target.name() if isinstance(n.target, HigherOrderOperator) else ""
+        if name in _TRANSPARENT:
+            at = next(i for i, a in enumerate(args) if isinstance(a, fx.GraphModule))
             flags = tuple(
                 isinstance(a, torch.Tensor) and self.observer.value(a).term.fixed()
-                for a in operands
+                for a in args[at + 1 :]
+                if not isinstance(a, str)
             )
-            for arg in args:
-                if isinstance(arg, fx.GraphModule):
-                    self.observer.seen.bodies.append(Body(arg, flags))
+            autocast = args[:at] if name == "wrap_with_autocast" else None
+            self.observer.seen.bodies.append(Body(args[at], flags, autocast))
         known = n.meta.get("example_value", n.meta.get("val"))
         if known is None:
             raise Opaque(f"the higher-order operator {n.target} recorded no result")
-        return pytree.tree_map(self.fake, known)
+        return pytree.tree_map(self.leaf, known)
 
     def _grad_mode(self, enabled: bool) -> None:
         """Terms never reach into a finished no_grad region: gradients would flow where they did
@@ -142,15 +175,21 @@ class _Walk(fx.Interpreter):
 
 
 @contextlib.contextmanager
-def undisturbed(shape_env: Any) -> Iterator[None]:
-    """Grad mode, autocast, RNG and guards after this are what they were before."""
+def undisturbed(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Grad mode, autocast, RNG and guards after this are what they were before.
+
+    Inside, `mode` has no cache: keying and copying symbolic tensors for it takes three times as
+    long as what it saves.
+    """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     cache, rng = torch.is_autocast_cache_enabled(), torch.get_rng_state()
     with contextlib.ExitStack() as stack:
-        if shape_env is not None:
-            stack.enter_context(shape_env.suppress_guards())
-            stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+        if mode is not None:
+            stack.enter_context(disable_fake_tensor_cache(mode))
+        if mode is not None and mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         torch.set_autocast_cache_enabled(False)
@@ -171,14 +210,30 @@ def observe(gm: fx.GraphModule, inputs: Sequence[Any], fixed: Sequence[bool]) ->
     has no metadata; fixed: for each placeholder, whether it is a parameter or a buffer. Raises
     Opaque when the graph holds something that must not be looked into.
     """
-    context = TracingContext.try_get()
     known = [n.meta.get("example_value", n.meta.get("val")) for n in gm.graph.nodes]
     modes = [v.fake_mode for v in known if isinstance(v, FakeTensor)]
+    context = TracingContext.try_get()
+    if modes:
+        try:
+            return _observe(gm, inputs, fixed, modes[0], trusting=True)
+        except Reshaped:
+            pass
     mode = context.fake_mode if context is not None and context.fake_mode is not None else None
     if mode is None:
         mode = FakeTensorMode(shape_env=modes[0].shape_env if modes else None)
-    seen = Observation(shape_env=mode.shape_env)
-    observer = Observer(seen)
-    with undisturbed(mode.shape_env), mode, enable_python_dispatcher(), observer:
+    return _observe(gm, inputs, fixed, mode, trusting=False)
+
+
+def _observe(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    fixed: Sequence[bool],
+    mode: FakeTensorMode,
+    *,
+    trusting: bool,
+) -> Observation:
+    seen = Observation(mode=mode)
+    observer = Observer(seen, trusting=trusting)
+    with undisturbed(mode), mode, observer:
         _Walk(gm, observer, mode, fixed).run(*inputs, enable_io_processing=False)
     return seen

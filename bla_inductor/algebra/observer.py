@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bla_inductor.algebra import joined_rules, layout_rules, product_rules
+from bla_inductor import compat
+from bla_inductor.algebra import joined_rules, layout_rules, mask_rules, sum_rules
+from bla_inductor.algebra.composites import Call, Dissolve
 from bla_inductor.algebra.index import Inexpressible, as_size, axis_size, equal
 from bla_inductor.algebra.observation import Observation
+from bla_inductor.algebra.recorded import NotOne, Recorded, tensors_in, written
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
+from bla_inductor.algebra.standin import stand_in
 from bla_inductor.algebra.term import Leaf, Origin, Read, Term, Value, leaf_value
 
-__all__ = ["Observer"]
+__all__ = ["Observer", "Reshaped"]
 
-_ = (joined_rules, layout_rules, product_rules)  # imported for the rules they register
+_ = (joined_rules, layout_rules, mask_rules, sum_rules)  # imported for the rules they register
+
+
+class Reshaped(Exception):
+    """An operator changed the shape of a tensor in place: what was recorded of it is not true."""
 
 
 class Observer(TorchDispatchMode):
-    def __init__(self, seen: Observation) -> None:
+    """trusting: recorded tensors are among those observed, so that none may be reshaped."""
+
+    def __init__(self, seen: Observation, *, trusting: bool) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.trusting = seen, trusting
         self.values: dict[int, Value] = {}
         self.kept: list[torch.Tensor] = []
         self.by_storage: dict[int, list[torch.Tensor]] = {}
@@ -32,14 +41,83 @@ class Observer(TorchDispatchMode):
         self.node_of: dict[int, fx.Node] = {}
         self.cuts: dict[int, Value] = {}
         self.now = -1
+        self.recorded: Recorded | None = None
+        self.casts: dict[tuple[int, torch.dtype], tuple[Value, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if self.trusting and torch.Tag.inplace_view in func.tags:
+            raise Reshaped
+        if self.recorded is not None:
+            return self.recorded(func, args, kwargs)
+        out = stand_in(func, args, kwargs) if self.trusting else None
+        if out is None:
+            out = func(*args, **kwargs)
+        self._note(func, (func.overloadpacket, args, kwargs), out)
+        return out
+
+    def _note(self, func: Any, call: Call, out: Any) -> None:
         if func._schema.is_mutable:
-            self._write(func, args, kwargs, out)
+            self._write(func, call[1], call[2], out)
         else:
-            self._record(func, args, kwargs, out)
+            self._record(call, out)
+
+    def from_record(self, run: Callable[[], Any], result: Any) -> Any:
+        """`run()`, a node that gave `result` when it was traced, without computing anything.
+
+        Raises NotOne where it has to be run for good; nothing is noted then but casts.
+        """
+        (first, *_) = tensors_in(result)
+        autocast = torch.is_autocast_enabled(first.device.type)
+        recorded = self.recorded = Recorded(result, self._cast if autocast else None)
+        try:
+            with compat.below_autograd():
+                got = run()
+            noted = recorded.call(got)
+            if noted is not None:
+                self._note(*noted)
+            else:
+                self._hand_out(tensors_in(got))
+        except (NotOne, Reshaped):
+            raise
+        except Exception as e:  # what followed the operator did not expect the record
+            raise NotOne from e
+        finally:
+            self.recorded = None
+        return got
+
+    def as_recorded(self, got: Any, result: Any) -> Any:
+        """`got`, a new tensor that a node gave now, in the one that was recorded of the node."""
+        if not isinstance(got, torch.Tensor) or not isinstance(result, torch.Tensor):
+            return got
+        new = id(got) in self.values and not {id(got), id(result)} & self.node_of.keys()
+        if not new or id(result) in self.values or not _alike(got, result):
+            return got
+        value, here = self.values[id(got)], self.seen.storage_of(got)
+        for leaf in value.term.leaves():
+            if self.leaf_storage.get(leaf) == here:
+                self.leaf_storage[leaf] = self.seen.storage_of(result)
+        self.keep(result, value)
+        return result
+
+    def _hand_out(self, tensors: list[torch.Tensor]) -> None:
+        """A node returns tensors that were there before; a cast among them is the user's now."""
+        if not all(id(t) in self.values for t in tensors):
+            raise NotOne
+        self.casts = {k: v for k, v in self.casts.items() if all(v[1] is not t for t in tensors)}
+
+    def _cast(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """Autocast's cast of a tensor, made once for as long as the tensor is not written."""
+        x, *more = args
+        value = self.value(x)
+        dtypes = [a for a in (*more, *kwargs.values()) if isinstance(a, torch.dtype)]
+        key = id(x), dtypes[0] if dtypes else x.dtype
+        if key in self.casts and self.casts[key][0] is value:
+            return self.casts[key][1]
+        out = func(*args, **kwargs)
+        if out is not x:
+            self._record((torch.ops.aten._to_copy, (x,), {}), out)
+            self.casts[key] = value, out
         return out
 
     def value(self, tensor: torch.Tensor) -> Value:
@@ -81,18 +159,25 @@ class Observer(TorchDispatchMode):
         self, packet: Any, out: Any, args: Any, kwargs: Any, lookup: Lookup | None = None
     ) -> list[Value | None]:
         """The rule's Values for the tensors of `out`, or None for each that must be a leaf."""
-        outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        outs = tensors_in(out)
         rule = RULES.get(packet)
         result: Any = None
         if rule is not None:
             try:
                 result = rule(lookup or self, out, *args, **kwargs)
+            except Dissolve:
+                if self.recorded is not None:
+                    raise
             except (Inexpressible, Unruled):
                 pass
             except Exception as e:  # a rule may not cost the user their compile: a leaf instead
                 self.seen.errors.append(f"{packet}: {type(e).__name__}: {e}")
         values = result if isinstance(result, Sequence) else [result] * len(outs)
-        return [self._checked(packet, v, t) for v, t in zip(values, outs, strict=True)]
+        told = [self._checked(packet, v, t) for v, t in zip(values, outs, strict=True)]
+        if rule is not None:
+            self.seen.rules[f"{packet.__name__} tried"] += 1
+            self.seen.rules[packet.__name__] += any(v is not None for v in told)
+        return told
 
     def _checked(self, packet: Any, value: Value | None, tensor: torch.Tensor) -> Value | None:
         """A Value whose axes disagree with the shape comes of a wrong rule: it is not believed."""
@@ -101,55 +186,46 @@ class Observer(TorchDispatchMode):
         right = len(value.axes) == tensor.dim() and all(
             equal(axis_size(a), as_size(s)) for a, s in zip(value.axes, tensor.shape, strict=True)
         )
+        if self.recorded is not None and not (right and value.dtype == tensor.dtype):
+            raise Dissolve  # more follows: as the record has what it does, nothing was left to do
         if not right:
             self.seen.errors.append(f"{packet}: axes {value.axes} for shape {tuple(tensor.shape)}")
         return value if right else None
 
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        outs = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+    def _record(self, call: Call, out: Any) -> None:
+        outs = tensors_in(out)
         if not outs:
             return
-        values = self._apply(func.overloadpacket, out, args, kwargs)
+        packet, args, kwargs = call
+        values = self._apply(packet, out, args, kwargs)
         fixed = None
         for tensor, value in zip(outs, values, strict=True):
             if value is None:
                 fixed = self._fixed(args, kwargs) if fixed is None else fixed
-                name = func.overloadpacket.__name__
-                origin = self._origin(func, args, kwargs) if len(outs) == 1 else None
-                self.new_leaf(tensor, fixed=fixed, operation=name, origin=origin)
+                origin = self._origin(packet, args, kwargs) if len(outs) == 1 else None
+                self.new_leaf(tensor, fixed=fixed, operation=packet.__name__, origin=origin)
             else:
                 self.keep(tensor, value)
-        if func.overloadpacket in LAYOUT and id(args[0]) in self.cuts:
-            values = self._apply(func.overloadpacket, out, args, kwargs, _Cut(self))
+        if packet in LAYOUT and id(args[0]) in self.cuts:
+            values = self._apply(packet, out, args, kwargs, _Cut(self))
             if values[0] is not None:
                 self.cuts[id(out)] = values[0]
 
-    def _origin(self, func: Any, args: Any, kwargs: Any) -> Origin:
+    def _origin(self, packet: Any, args: Any, kwargs: Any) -> Origin:
         """How a leaf was made, told in Values: feature maps and signs are read off it."""
 
         def told(x: Any) -> Any:
             return self.value(x) if isinstance(x, torch.Tensor) else x
 
-        return Origin(func.overloadpacket, tuple(map(told, args)), tuple(kwargs.items()))
+        return Origin(packet, tuple(map(told, args)), tuple(kwargs.items()))
 
     def _fixed(self, args: Any, kwargs: Any) -> bool:
-        terms = [
-            self.value(t).term
-            for t in pytree.tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        ]
-        return all(term.fixed() or not term.factors for term in terms)
+        terms = [self.value(t).term for t in tensors_in((args, kwargs))]
+        return all(leaf.fixed for term in terms for leaf in term.leaves())
 
     def _write(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An in-place operator: the tensor written gets a new Value, its aliases become leaves."""
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        targets = [
-            t
-            for a in func._schema.arguments
-            if a.alias_info is not None and a.alias_info.is_write
-            for t in pytree.tree_leaves(named.get(a.name))
-            if isinstance(t, torch.Tensor)
-        ]
+        targets = written(func, args, kwargs)
         packet = func.overloadpacket
         pure = getattr(torch.ops.aten, packet.__name__.rstrip("_"), None)
         for target in targets:
@@ -196,6 +272,14 @@ class Observer(TorchDispatchMode):
             leaf = Leaf(shape, tensor.dtype, value.term.fixed(), "chain", node, self.now)
             self.leaf_storage[leaf] = self.seen.storage_of(tensor)
             self.cuts[id(tensor)] = leaf_value(leaf)
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.dim() == b.dim()
+        and all(equal(as_size(x), as_size(y)) for x, y in zip(a.shape, b.shape, strict=True))
+    )
 
 
 class _Cut:

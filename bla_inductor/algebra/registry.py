@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import sympy
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bla_inductor.algebra.term import Value
 
@@ -99,7 +100,13 @@ def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
 
 def scalar(V: Lookup, x: object) -> float | sympy.Expr | None:
     """The one number that `x` is: a scalar, or a tensor known to be constant."""
-    if isinstance(x, torch.Tensor):
-        term = V(x).term
-        return term.coef if not term.factors and not term.bound else None
-    return number(x)
+    if not isinstance(x, torch.Tensor):
+        return number(x)
+    term = V(x).term
+    if not term.factors and not term.bound:
+        return term.coef
+    written = getattr(x, "constant", None)  # torch.tensor(1e-6), as a fake tensor remembers it
+    if not isinstance(written, torch.Tensor) or written.numel() != 1:
+        return None
+    with _disable_current_modes():
+        return number(written.item())

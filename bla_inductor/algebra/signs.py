@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bla_inductor.algebra.registry import number
-from bla_inductor.algebra.term import Guard, Leaf, Term, Value
+from bla_inductor.algebra.term import Factor, Guard, Leaf, Read, Term, Value
 
 __all__ = ["nonnegative"]
 
@@ -40,7 +40,13 @@ def nonnegative(term: Term) -> bool:
         sign = term.coef < 0
     if sign is not False:
         return False
-    return all(_guard(f) if isinstance(f, Guard) else _leaf(f.leaf) for f in term.factors)
+    return all(_factor(f) for f in term.factors)
+
+
+def _factor(factor: Factor) -> bool:
+    if isinstance(factor, Guard):
+        return _guard(factor)
+    return not isinstance(factor, Read) or _leaf(factor.leaf)
 
 
 def _guard(guard: Guard) -> bool:
@@ -83,7 +89,7 @@ def _sum(first: Value, second: Any, alpha: Any) -> bool:
     if shift >= 0 and nonnegative(first.term):
         return True
     factors = first.term.factors
-    if len(factors) != 1 or isinstance(factors[0], Guard) or first.term.coef != 1:
+    if len(factors) != 1 or not isinstance(factors[0], Read) or first.term.coef != 1:
         return False
     origin = factors[0].leaf.origin
     if origin is None or origin.operator not in _BELOW or any(a != 1 for a in origin.args[1:]):

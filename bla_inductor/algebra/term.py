@@ -1,8 +1,10 @@
 """Terms: what a tensor is, whatever syntax produced it.
 
     Term  = coef · Σ_bound Π factors
-    factor = leaf[axes] ^ ±1  |  guard(Term) ^ ±1
+    factor = leaf[axes] ^ ±1  |  guard(Term) ^ ±1  |  mask  |  delta
     guard = z + eps  |  max(z, eps)
+    mask = 1 where a boolean leaf says so, else 0
+    delta = 1 where two axes are at the same position, else 0
     Value = Term with output axes, dtype
 
 A leaf is a tensor of the graph that the algebra does not look into. Terms are immutable; every
@@ -33,15 +35,18 @@ from bla_inductor.algebra.index import (
 )
 
 __all__ = [
+    "Delta",
     "Factor",
     "Guard",
     "Leaf",
+    "Mask",
     "Origin",
     "Part",
     "Read",
     "Term",
     "Value",
     "align",
+    "broadcast",
     "constant",
     "guarded",
     "leaf_value",
@@ -135,7 +140,48 @@ class Guard:
         return self.term.leaves()
 
 
-Factor = Read | Guard
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """1 where the boolean leaf[axes] is `keep`, else 0, whatever the rest of the product is there:
+    infinities and NaN vanish.
+    """
+
+    leaf: Leaf
+    axes: Axes
+    keep: bool
+
+    def substitute(self, mapping: Substitution) -> Mask:
+        return replace(self, axes=substitute_axes(self.axes, mapping))
+
+    def indices(self) -> frozenset[Index]:
+        return frozenset(i for axis in self.axes for i in axis)
+
+    def leaves(self) -> Iterator[Leaf]:
+        yield self.leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """1 where the axes `a` and `b`, of one size, are at the same position, else 0; with
+    keep=False the other way round.
+    """
+
+    a: Axis
+    b: Axis
+    keep: bool = True
+
+    def substitute(self, mapping: Substitution) -> Delta:
+        a, b = substitute_axes((self.a, self.b), mapping)
+        return Delta(a, b, self.keep)
+
+    def indices(self) -> frozenset[Index]:
+        return frozenset((*self.a, *self.b))
+
+    def leaves(self) -> Iterator[Leaf]:
+        return iter(())
+
+
+Factor = Read | Guard | Mask | Delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +218,10 @@ class Term:
         """It depends on parameters, buffers and constants, and on at least one of them."""
         leaves = list(self.leaves())
         return bool(leaves) and all(leaf.fixed for leaf in leaves)
+
+    def constant(self) -> bool:
+        """It depends on nothing: a number, or a number where a delta is one."""
+        return not self.bound and next(self.leaves(), None) is None
 
     def scaled(self, by: Coefficient) -> Term:
         return replace(self, coef=self.coef * by)
@@ -245,6 +295,15 @@ def align(a: Value, b: Value, pairs: Mapping[int, int]) -> tuple[Value, Value]:
     return a, b
 
 
+def broadcast(a: Value, b: Value) -> tuple[Value, Value, Axes]:
+    """Both values in common indices, and the axes of what is made of them entry by entry."""
+    rank = max(len(a.axes), len(b.axes))
+    a = Value(a.term, ((),) * (rank - len(a.axes)) + a.axes, a.dtype)
+    b = Value(b.term, ((),) * (rank - len(b.axes)) + b.axes, b.dtype).fresh()
+    a, b = align(a, b, {i: i for i in range(rank)})
+    return a, b, tuple(x or y for x, y in zip(a.axes, b.axes, strict=True))
+
+
 def multiply(a: Term, b: Term) -> Term:
     """a · b; their bound indices must be different ones."""
     factors = a.factors + b.factors
@@ -263,9 +322,12 @@ def _narrower(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | Non
 
 def reciprocal(term: Term) -> Term:
     """1 / term: a plain product is inverted factor by factor, a sum goes below the line whole."""
+    if any(not isinstance(f, Read | Guard) for f in term.factors) and not term.bound:
+        raise Inexpressible("the reciprocal of zeros")
     if term.bound:
         return Term((Guard(_private(term), "add", 0.0, -1),))
-    return Term(tuple(replace(f, power=-f.power) for f in term.factors), (), 1 / term.coef)
+    powers = tuple(replace(f, power=-f.power) for f in term.factors if isinstance(f, Read | Guard))
+    return Term(powers, (), 1 / term.coef)
 
 
 def guarded(term: Term, kind: Literal["add", "clamp"], eps: Coefficient) -> Term:

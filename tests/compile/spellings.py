@@ -166,6 +166,7 @@ def values_divided_by_length(q, k, v):
 
 @spelling((B, N, H, D), (B, N, H, D), (B, N, H, D), (B, N), (B, N))
 def query_and_key_masks(q, k, v, q_mask, k_mask):
+    q_mask, k_mask = q_mask.abs(), k_mask.abs()
     q = elu1(q) * q_mask[:, :, None, None]
     k = elu1(k) * k_mask[:, :, None, None]
     v = v * k_mask[:, :, None, None]

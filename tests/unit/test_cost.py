@@ -39,6 +39,7 @@ def test_a_quadratic_spelling_pays_by_its_flops() -> None:
     [
         ({"c": 300}, "the kernels take at most 256"),
         ({"d": 160}, "Inductor's GEMMs are faster"),
+        ({"c": 72, "d": 72}, "q, k and v into padded rows"),
         ({"quadratic": True, "n": 16, "m": 16}, "fewer FLOPs than q(kᵀv), so it stays"),
         ({"normalised": False, "m": 64}, "no long axis"),
         ({"alive": "scores"}, "scores q·kᵀ is read by other code"),
@@ -57,6 +58,7 @@ def test_refusals_say_why(change, reason) -> None:
     "change",
     [
         {"c": 300},
+        {"c": 72},
         {"quadratic": True, "n": 16, "m": 16},
         {"gradients": True, "float32": "highest"},
     ],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from bla_inductor.algebra import Guard, Observation, Opaque, Read, Value, observe
+from bla_inductor.algebra import Delta, Guard, Mask, Observation, Opaque, Read, Value, observe
 
 B, H, N, D = 2, 3, 10, 4
 Q = (B, H, N, D)
@@ -237,6 +237,172 @@ def test_write_through_a_view_reaches_the_base() -> None:
     _, value = seen(through_view, Q, Q)
     assert sorted(str(f.leaf) for f in value.term.factors) == ["k", "mul"]
     assert value.term.coef == 1.0
+
+
+def kinds(value: Value) -> list[str]:
+    return sorted(type(f).__name__ for f in value.term.factors)
+
+
+@pytest.mark.parametrize(
+    ("fill", "keep"),
+    [
+        (lambda s, m: s.masked_fill(m > 0, 0.0), False),
+        (lambda s, m: torch.where(m > 0, s, 0.0), True),
+        (lambda s, m: torch.where(m > 0, torch.zeros_like(s), s), False),
+        (lambda s, m: s.masked_fill_(m > 0, 0), False),
+    ],
+)
+def test_a_masked_product_is_a_product(fill, keep) -> None:
+    _, value = seen(lambda q, k, m: fill(q @ k.mT, m), Q, Q, (B, 1, 1, N))
+    (mask,) = [f for f in value.term.factors if isinstance(f, Mask)]
+    assert (str(mask.leaf), mask.keep) == ("gt", keep)
+    assert [tuple(i.size for i in a) for a in mask.axes] == [(B,), (), (), (N,)]
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda q, k, m: (q @ k.mT).masked_fill(m > 0, 1.0),
+        lambda q, k, m: torch.where(m > 0, q @ k.mT, m),
+        lambda q, k, m: q.masked_fill(m.mT > 0, 0.0),
+        lambda q, k, m: torch.where(m > 0, q @ k.mT, torch.zeros(2, B, H, N, N)),
+    ],
+)
+def test_other_fills_and_masked_inputs_are_leaves(fill) -> None:
+    _, value = seen(fill, Q, Q, (B, 1, 1, N))
+    assert kinds(value) == ["Read"]
+    assert not value.term.bound
+
+
+# fx.symbolic_trace computes what depends on no input; `computed` is a node, run with the rest.
+PATTERNS = {
+    "identity": lambda: torch.eye(N),
+    "ones on it": lambda: torch.eye(N).bool().float().sum(0),
+    "division": lambda: (torch.arange(H * D) // D)[:, None] == torch.arange(H * D) // D,
+    "remainder": lambda: (torch.arange(H * D) % D)[:, None] == torch.arange(H * D) % D,
+    "unequal": lambda: ~((torch.arange(H * D) // D)[:, None] != torch.arange(H * D) // D),
+    "ranges": lambda: torch.arange(0, H)[:, None] == torch.arange(0, H, 1),
+    "kronecker": lambda: torch.kron(torch.eye(H), torch.ones(D, D)),
+    "block_diag": lambda: torch.block_diag(*[torch.ones(D, D)] * H),
+    "not zero": lambda: torch.eye(H).repeat_interleave(D, 0) != 0,
+    "uneven": lambda: torch.arange(H * D)[:, None] // 5 == torch.arange(H * D) // 5,
+    "shifted": lambda: torch.arange(1, H + 1)[:, None] == torch.arange(H),
+    "strided": lambda: torch.arange(0, 2 * H, 2)[:, None] == torch.arange(0, 2 * H, 2),
+    "oblong": lambda: torch.eye(H, H + 1),
+    "unlike blocks": lambda: torch.block_diag(torch.ones(2, 2), torch.ones(3, 3)),
+    "other numbers": lambda: torch.block_diag(torch.ones(2, 2), torch.zeros(2, 2)),
+    "zeros": lambda: torch.zeros(N, N),
+    "tenths": lambda: torch.full((1, 1, 1), 0.1),
+    "below": lambda: torch.arange(H)[:, None] <= torch.arange(H),
+}
+BLOCKS = ["division", "unequal", "ranges", "kronecker", "block_diag", "not zero", "remainder"]
+NO_BLOCKS = ["uneven", "shifted", "strided", "oblong", "unlike blocks", "other numbers", "below"]
+
+
+@fx.wrap
+def computed(name, _):
+    return PATTERNS[name]()
+
+
+def test_a_sum_over_a_delta_renames() -> None:
+    _, want = seen(lambda k, v: k.mT @ v, (N, D), (N, D))
+    _, got = seen(lambda k, v: k.mT @ (computed("identity", k) @ v), (N, D), (N, D))
+    assert told(got) == told(want)
+
+
+@pytest.mark.parametrize("name", ["identity", "ones on it"])
+def test_a_delta_counts_where_nothing_is_left_to_rename(name) -> None:
+    _, value = seen(lambda k: computed(name, k).sum(), (N, D))
+    assert value.term.coef == N
+    assert not value.term.factors
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_masks_are_deltas(name) -> None:
+    _, value = seen(lambda x: computed(name, x), Q)
+    (delta,) = value.term.factors
+    assert isinstance(delta, Delta)
+    assert delta.keep
+    assert value.term.coef == 1
+    sizes = [[i.size for i in axis] for axis in (delta.a, delta.b)]
+    assert sizes == ([[D], [D]] if name == "remainder" else [[H], [H]])
+
+
+@pytest.mark.parametrize("name", NO_BLOCKS)
+def test_other_patterns_are_not(name) -> None:
+    _, value = seen(lambda x: computed(name, x), Q)
+    assert kinds(value) == ["Read"]
+
+
+def test_the_diagonal_of_a_product() -> None:
+    _, want = seen(lambda k, v: torch.einsum("bhnc,bhnd->bhcd", k, v), Q, Q)
+    _, got = seen(
+        lambda k, v: torch.einsum("bhnc,bgnd->bhgcd", k, v).diagonal(0, 1, 2).movedim(-1, 1), Q, Q
+    )
+    assert told(got) == told(want)
+    _, value = seen(lambda k, v: (k.mT @ v).diagonal(1, -2, -1), Q, Q)
+    assert kinds(value) == ["Read"]
+
+
+@pytest.mark.parametrize(
+    ("cast", "looked_through"),
+    [
+        (lambda x: x.long().float(), False),
+        (lambda x: x.bool() * 1.0, False),
+        (lambda x: x.to(torch.complex64).real, False),
+        (lambda x: x.double().float(), True),
+        (lambda x: (x > 0).long().float(), None),
+    ],
+)
+def test_casts_that_lose_more_than_precision_are_leaves(cast, looked_through) -> None:
+    _, value = seen(lambda q, k: cast(q) @ k.mT, Q, Q)
+    leaves = sorted(str(f.leaf) for f in value.term.factors)
+    expected = {True: "q", False: None, None: "gt"}[looked_through]
+    assert (expected in leaves) if expected else ("q" not in leaves)
+
+
+def test_what_one_operator_adds_is_remembered() -> None:
+    _, value = seen(
+        lambda x, q, k: torch.baddbmm(x, q, k.mT, beta=0.5, alpha=2.0), (B, N, N), *[(B, N, D)] * 2
+    )
+    (read,) = value.term.factors
+    product, added = read.leaf.origin.args
+    assert product.term.coef == 2.0
+    assert sorted(str(f.leaf) for f in product.term.factors) == ["k", "q"]
+    assert [str(f.leaf) for f in added.term.factors] == ["x"]
+    assert dict(read.leaf.origin.kwargs) == {"alpha": 0.5}
+
+
+def test_a_quotient_that_one_operator_adds_is_remembered() -> None:
+    _, value = seen(
+        lambda x, q, k: torch.addcdiv(x, q @ k.mT, (q @ k.mT).sum(-1, keepdim=True), value=2.0),
+        (B, N, N),
+        *[(B, N, D)] * 2,
+    )
+    (read,) = value.term.factors
+    quotient, _ = read.leaf.origin.args
+    assert kinds(quotient) == ["Guard", "Read", "Read"]
+    assert quotient.term.coef == 2.0
+
+
+@pytest.mark.parametrize(
+    ("sum_", "kind"),
+    [
+        (lambda q, k: torch.baddbmm(computed("zeros", q), q, k.mT), ["Read", "Read"]),
+        (lambda q, k: torch.baddbmm(torch.empty(N, N), q, k.mT, beta=0), ["Read", "Read"]),
+        (lambda q, k: torch.baddbmm(computed("tenths", q), q, k.mT), ["Guard"]),
+        (lambda q, k: torch.addbmm(computed("zeros", q), q, k.mT), ["Read", "Read"]),
+        (lambda q, k: torch.addcmul(torch.zeros(B, B, N), q.sum(-1), k.sum(-1)), ["Read"]),
+    ],
+)
+def test_adding_a_constant_in_the_same_operator(sum_, kind) -> None:
+    _, value = seen(sum_, (B, N, D), (B, N, D))
+    assert kinds(value) == kind
+
+
+def test_a_sum_of_a_product_is_as_deep_as_the_product() -> None:
+    _, value = seen(lambda q, k, v: q @ (k.mT @ v).sum(1, keepdim=True), Q, Q, Q)
+    assert sorted(str(f.leaf) for f in value.term.factors) == ["k", "q", "v"]
 
 
 def test_subclasses_are_not_looked_into() -> None:

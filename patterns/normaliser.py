@@ -1,0 +1,137 @@
+"""Which divisor of a linear attention is its normaliser, and why another one is not.
+
+    guard(scale · Σ_c Σ_m q'[n,c] · k'[m,c])
+
+`guard(z)` is z, z + eps or max(z, eps). Anything else stays outside the operator, which then does
+the numerator alone: nothing is lost but a pass over q and k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+from bla_inductor.patterns.contraction import Contraction, Known, Unsplittable
+
+from bla_inductor.algebra import (
+    Delta,
+    Factor,
+    Guard,
+    Index,
+    Inexpressible,
+    Leaf,
+    Mask,
+    Read,
+    Term,
+    Value,
+    refine,
+)
+
+__all__ = ["Mismatch", "Normaliser", "coupling", "hidden", "normaliser"]
+
+NORMALISER = Contraction("q: n c, k: m c -> n")
+_OUTSIDE = "its normaliser stays outside the operator"
+_MOST_STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Close to the family, and why it is not of it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Normaliser:
+    """guard(scale · Σ_c Σ_m q[n,c] k[m,c]), with its own feature indices c and key indices m."""
+
+    kind: Literal["add", "clamp"]
+    scale: float | sympy.Expr
+    eps: float | sympy.Expr
+    q: tuple[Factor, ...]
+    k: tuple[Factor, ...]
+    c: tuple[Index, ...]
+    m: tuple[Index, ...]
+
+
+def normaliser(
+    guard: Guard, allowed: set[Index], beside: Sequence[Factor], known: Known
+) -> Normaliser | Mismatch:
+    """A divisor as a normaliser, whose queries have no indices but `allowed` ones and c.
+
+    beside: q and k of the numerator. What the two share is told in indices that are split alike.
+    """
+    for roles in NORMALISER.solve(_split_like(guard.term, beside), known):
+        if isinstance(roles, Unsplittable):
+            return Mismatch(f"{_OUTSIDE}: in it, {coupling(roles)}")
+        q = (*roles.operands["q"], *roles.outer)
+        queries = frozenset[Index]().union(*(f.indices() for f in q))
+        if queries - set(roles.letters["c"]) <= allowed:
+            k, c, m = roles.operands["k"], roles.letters["c"], roles.letters["m"]
+            return Normaliser(guard.kind, guard.term.coef, guard.eps, q, k, c, m)
+    if any(isinstance(f, Guard) and f.power == 1 for f in guard.term.factors):
+        return Mismatch(
+            f"{_OUTSIDE}: a number is added to Σk before the product with q; "
+            "add it to the product instead, q·Σk + eps"
+        )
+    leaves = ", ".join(sorted({str(leaf) for leaf in guard.term.leaves()}))
+    return Mismatch(f"{_OUTSIDE}: the divisor (of {leaves}) is not a sum of q·k over the keys")
+
+
+def _split_like(term: Term, beside: Sequence[Factor]) -> Term:
+    """`term` with its summed indices as fine as the same leaves have them in `beside`."""
+    for theirs in [f for f in beside if isinstance(f, Read)]:
+        for mine in [f for f in term.factors if isinstance(f, Read) and f.leaf is theirs.leaf]:
+            for have, want in zip(mine.axes, theirs.axes, strict=True):
+                try:
+                    finer, _ = refine(have, want)
+                except Inexpressible:
+                    continue
+                if finer.keys() <= set(term.bound):
+                    term = term.substitute(finer)
+    return term
+
+
+def hidden(divisor: Read, inside: set[Leaf]) -> Mismatch | None:
+    """A divisor that is made from a sum of q·k in a way that is not fused; inside: leaves of q, k.
+
+    None where it is something else altogether.
+    """
+    pending, steps = [divisor.leaf], 0
+    while pending and steps < _MOST_STEPS:
+        leaf, steps = pending.pop(0), steps + 1
+        values = [a for a in leaf.origin.args if isinstance(a, Value)] if leaf.origin else []
+        for value in values:
+            if any(inside <= set(term.leaves()) for term in _sums(value.term)):
+                return Mismatch(
+                    f"{_OUTSIDE}: `{leaf.operation}` comes between Σ q·k and the division, "
+                    "and only z, z + eps and max(z, eps) are part of it"
+                )
+            pending += value.term.leaves()
+    return None
+
+
+def coupling(found: Unsplittable) -> str:
+    """Why a factor fits no operand."""
+    factor = found.factor
+    letters = " and ".join(found.letters)
+    if isinstance(factor, Delta):
+        return (
+            f"a mask that compares positions along {letters} couples those indices: "
+            "no operand can take it in"
+        )
+    name = f"`{factor.leaf}`" if isinstance(factor, Read | Mask) else "a divisor"
+    return (
+        f"{name} couples the indices {letters}, which no one of q, k, v has "
+        "together, like a causal mask or a position bias: no operand can take it in"
+    )
+
+
+def _sums(term: Term) -> Iterator[Term]:
+    if term.bound:
+        yield term
+    for factor in term.factors:
+        if isinstance(factor, Guard):
+            yield from _sums(factor.term)
