@@ -7,23 +7,24 @@ or is not one expression of one tensor, φ(q) is the operand and nothing is lost
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-import bla_inductor.ops  # noqa: F401
 from bla_inductor.algebra import Axis, Factor, Observation, Read
 from bla_inductor.emit import Unemittable
-from bla_inductor.operands import Catalogue, Operand, Source
+from bla_inductor.operands import Catalogue, Operand, Source, contracted_dtype
+from bla_inductor.ops.feature_map import parse
+from bla_inductor.ops.feature_torch import apply, gradient
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.patterns.feature_maps import FeatureMap, RowWise, X, capture
 
 __all__ = ["Gathered", "common_dtype", "dead_without", "gather", "inside"]
-
-_READY = any(a.name == "q_map" for a in torch.ops.bla.linear_attention.default._schema.arguments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,6 @@ class _Gatherer:
 
     def run(self) -> Gathered:
         """First everything before its feature map; then without the maps that are not worth it."""
-        if not _READY:
-            return self._settled(self._build(set(), weights=False))
         everything = {"q", "k", "q_norm", "k_norm"}
         weighted = self._build(everything, weights=True)
         if weighted is not None:
@@ -126,7 +125,8 @@ class _Gatherer:
         k = operand("k", keys, found.m, found.c)
         q = replace(operand("q", found.q, self.n, k.columns), rows=self.n, columns=k.columns)
         v = replace(operand("v", found.v, k.rows, self.d), rows=k.rows, columns=self.d)
-        beside = Operand(weight, None, k.rows, ()) if weight else None
+        pieces = tuple(self.catalogue.piece(f, self.root) for f in weight)
+        beside = Operand(weight, None, k.rows, (), pieces=pieces) if weight else None
         if z is None:
             return Gathered(q, k, v, weight=beside)
         norm_keys, norm_weight = _split(z.k, z.m, z.c) if weights else (z.k, ())
@@ -141,21 +141,23 @@ class _Gatherer:
         return Gathered(q, k, v, q_norm, k_norm, beside)
 
     def _plain(self, factors: tuple[Factor, ...], rows: Axis, columns: Axis) -> Operand:
-        source = self.catalogue.find(factors, self.root)
-        if source is None and not all(isinstance(f, Read) and f.leaf.node for f in factors):
-            raise Unemittable("a divisor inside one operator cannot be separated from it")
-        return Operand(factors, source, rows, columns)
+        kept = self.found.precision
+        source = self.catalogue.find(factors, self.root, kept)
+        pieces = () if source else tuple(self.catalogue.piece(f, self.root) for f in factors)
+        return Operand(factors, source, rows, columns, pieces=pieces, kept=kept)
 
     def _before_map(self, factors: tuple[Factor, ...], rows: Axis, columns: Axis) -> Operand | None:
         found = capture(factors, columns)
         if found is None or found.identity or found.leaf.node is None:
+            return None
+        if not _sayable(found):
             return None
         leaf, have = found.leaf, [i for axis in found.axes for i in axis]
         if not leaf.dtype.is_floating_point or len(set(have)) != len(have):
             return None
         if not set(columns) <= set(have) <= {*self.batch, *rows, *columns}:
             return None
-        contracted = min((f.dtype for f in factors if isinstance(f, Read)), key=_width)
+        contracted = contracted_dtype(factors, self.found.precision)
         dtype = min(leaf.dtype, contracted, key=_width) if _is_exact(found) else contracted
         assert leaf.node is not None
         return Operand(factors, Source(leaf.node, found.axes, 1.0, dtype), rows, columns, found)
@@ -202,6 +204,25 @@ def _split(
 
 def _width(dtype: torch.dtype) -> int:
     return dtype.itemsize if dtype.is_floating_point else 8
+
+
+def _sayable(found: FeatureMap) -> bool:
+    """Whether the operator's language has words for it, and a number for φ(0).
+
+    The kernels pad their tiles with zeros, and take φ(1) for φ(0) where that is not finite.
+    """
+    try:
+        parse(found.text)
+    except (ValueError, NotImplementedError):
+        return False
+    return _finite_at_zero(found.text)
+
+
+@functools.cache
+def _finite_at_zero(text: str) -> bool:
+    with unset_fake_temporarily():
+        zero = torch.zeros(1, 2)
+        return bool((apply(text, zero) + gradient(text, zero, zero + 1)).isfinite().all())
 
 
 def _is_exact(found: FeatureMap) -> bool:

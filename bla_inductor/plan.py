@@ -17,10 +17,11 @@ from torch import fx
 
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
 from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
-from bla_inductor.algebra import Axes, Axis, Factor, Index, Observation, Read, Value, product
+from bla_inductor.algebra import Axes, Axis, Index, Observation, Value, product
 from bla_inductor.cost import KERNEL_LIMIT, Problem
 from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
-from bla_inductor.operands import Catalogue, Operand, Source, source_of
+from bla_inductor.operands import Catalogue, Operand, Piece, Source
+from bla_inductor.ops.layout import known
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.report import Location
 
@@ -43,9 +44,11 @@ class Plan:
     d: Axis
     out_order: tuple[int, ...] | None
     dtype: torch.dtype
-    outer: tuple[tuple[Factor, Source], ...]  # what multiplies the result, and where it is
+    outer: tuple[Piece, ...]  # what multiplies the result
     exact: bool  # somebody may notice the strides of the result
     location: Location  # the user's line
+    axes: Axes  # of `root`
+    addend: tuple[fx.Node, Any] | None = None  # a tensor that `root` adds to it, and how often
 
     @classmethod
     def make(
@@ -55,8 +58,10 @@ class Plan:
         seen: Observation,
         catalogue: Catalogue,
         location: Location,
+        value: Value,
     ) -> Plan:
-        value, tensor = seen.values[root], seen.tensors[root]
+        """value: what was matched, which is that of `root`, or what `root` adds a tensor to."""
+        tensor = seen.tensors[root]
         exact = not all(_ignores_strides(user) for user in root.users)
         dims = memory_order(tensor, seen.hint) if exact else range(tensor.dim())
         flat = [i for dim in dims for i in value.axes[dim]]
@@ -75,9 +80,11 @@ class Plan:
             d,
             tuple(order) if dense and order != sorted(order) else None,
             tensor.dtype,
-            tuple((f, _outer(f, catalogue, root)) for f in found.outer),
+            tuple(catalogue.piece(f, root) for f in found.outer),
             exact,
             location,
+            value.axes,
+            None if value is seen.values[root] else _addend(root, seen),
         )
         plan._check(seen)
         return plan
@@ -89,7 +96,8 @@ class Plan:
     @property
     def reads(self) -> list[tuple[fx.Node, int]]:
         """The nodes that are read, and since when each holds the value that is meant."""
-        return self.gathered.reads + [(source.node, -1) for _, source in self.outer]
+        reads = self.gathered.reads + [(piece.source.node, piece.born) for piece in self.outer]
+        return reads if self.addend is None else [*reads, (self.addend[0], -1)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -194,10 +202,12 @@ class Plan:
             torch.ops.bla.linear_attention.default, nodes["q"], nodes["k"], nodes["v"], **kwargs
         )
         axes: Axes = (*((i,) for i in self.batch), self.n, self.d)
-        for factor, source in self.outer:
-            result = _times(emitter, result, factor, source, axes)
-        target = seen.values[self.root].axes
-        result = emitter.laid_out(result, axes, target, [False] * len(target))
+        for piece in self.outer:
+            result = _applied(emitter, result, piece, axes)
+        result = emitter.laid_out(result, axes, self.axes, [False] * len(self.axes))
+        if self.addend is not None:
+            node, factor = self.addend
+            result = emitter.call(aten.add.Tensor, result, node, alpha=emitter.number(factor))
         result = emitter.cast(result, self.dtype)
         if not self.exact:
             return result
@@ -231,16 +241,20 @@ class Plan:
         return same_q, same_k
 
     def _signature(self, operand: Operand) -> object:
+        """What tells one operand from another, whatever indices each is told in."""
+
+        def placed(source: Source) -> object:
+            have = [i for axis in source.axes for i in axis]
+            places = tuple(
+                tuple(have.index(i) if i in have else -1 for i in axis)
+                for axis in (self.batch, operand.rows, operand.columns)
+            )
+            return source.node, places, tuple(i.size for i in have)
+
         if operand.source is None:
-            return operand
-        have = [i for axis in operand.source.axes for i in axis]
-        places = tuple(
-            tuple(have.index(i) if i in have else -1 for i in axis)
-            for axis in (self.batch, operand.rows, operand.columns)
-        )
-        sizes = tuple(i.size for i in have)
+            return frozenset((p.how, placed(p.source)) for p in operand.pieces), operand.dtype
         text = "" if operand.map is None else operand.map.text
-        return operand.source.node, places, sizes, operand.dtype, text
+        return placed(operand.source), operand.dtype, text
 
     def _scale(self, emitter: Emitter, coef: Any, *names: str) -> Any:
         for name in names:
@@ -255,46 +269,73 @@ class Plan:
             if operand.map is None:  # else what is before φ may be narrower, and stays that
                 node = emitter.cast(node, operand.dtype)
             node = emitter.cast(node, self.compute_dtype)
-            return emitter.laid_out(node, operand.source.axes, target, fill)
-        (first, *rest) = sorted(operand.reads, key=lambda r: r.power, reverse=True)
-        result = emitter.laid_out(source_of(first).node, first.axes, target, fill)
-        for read in rest:
-            result = _times(emitter, result, read, source_of(read), target)
+            node = emitter.laid_out(node, operand.source.axes, target, fill)
+            return _readable(emitter, node)
+        (first, *rest) = sorted(operand.pieces, key=lambda p: p.how != "times")
+        result = emitter.laid_out(_read(emitter, first), first.source.axes, target, fill)
+        result = emitter.cast(result, operand.dtype)
+        for piece in rest:
+            result = _applied(emitter, result, piece, target)
         return emitter.cast(emitter.cast(result, operand.dtype), self.compute_dtype)
 
     def _weight(self, emitter: Emitter, weight: Operand) -> fx.Node:
         """Key weights as (*batch, M), batch dims that they do not have of size one."""
         target: Axes = (*((i,) for i in self.batch), weight.rows)
         fill = [False] * len(self.batch) + [True]
-        (first, *rest) = weight.reads
-        result = emitter.laid_out(source_of(first).node, first.axes, target, fill)
-        for read in rest:
-            result = _times(emitter, result, read, source_of(read), target)
-        return result
+        (first, *rest) = weight.pieces
+        result = emitter.laid_out(_read(emitter, first), first.source.axes, target, fill)
+        for piece in rest:
+            result = _applied(emitter, result, piece, target)
+        dtype = emitter.fake(result).dtype
+        known = dtype.is_floating_point or dtype == torch.bool
+        return result if known else emitter.cast(result, torch.float32)
 
 
-def _times(
-    emitter: Emitter, result: fx.Node, factor: Factor, source: Source, axes: Axes
-) -> fx.Node:
-    """result · factor. A read below the line is the divisor itself; a guard has its quotient."""
-    other = emitter.laid_out(source.node, source.axes, axes, [False] * len(axes))
-    divide = isinstance(factor, Read) and factor.power == -1
-    return emitter.call(aten.div.Tensor if divide else aten.mul.Tensor, result, other)
+def _readable(emitter: Emitter, node: fx.Node) -> fx.Node:
+    """On CUDA, a copy of what the kernels could not read in wide pieces along the features.
+
+    They would make one as well, but of this one Inductor makes a part of what comes before.
+    """
+    fake = emitter.fake(node)
+    rows = zip(fake.shape[:-1], fake.stride()[:-1], strict=True)
+    wide = known(fake.stride(-1) == 1) and all(
+        known(size == 1) or known(stride % 16 == 0) for size, stride in rows
+    )
+    if fake.device.type != "cuda" or wide:
+        return node
+    return emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+
+def _read(emitter: Emitter, piece: Piece) -> fx.Node:
+    """The tensor of a piece, in the precision that it was read in."""
+    node, dtype = piece.source.node, piece.source.dtype
+    return emitter.cast(node, dtype) if dtype.is_floating_point else node
+
+
+def _applied(emitter: Emitter, result: fx.Node, piece: Piece, axes: Axes) -> fx.Node:
+    """One more factor of a product."""
+    other = emitter.laid_out(_read(emitter, piece), piece.source.axes, axes, [False] * len(axes))
+    if piece.how in ("where", "unless"):
+        gone = emitter.call(aten.logical_not.default, other) if piece.how == "where" else other
+        return emitter.call(aten.masked_fill.Scalar, result, gone, 0)
+    target = aten.mul.Tensor if piece.how == "times" else aten.div.Tensor
+    return emitter.call(target, result, other)
+
+
+def _addend(root: fx.Node, seen: Observation) -> tuple[fx.Node, Any]:
+    """The tensor that one operator adds to the product inside it, and how often."""
+    ((leaf, *_),) = (tuple(seen.values[root].term.leaves()),)
+    assert leaf.origin is not None
+    added = leaf.origin.args[1]
+    node = next((n for n in root.all_input_nodes if seen.values.get(n) == added), None)
+    if node is None:
+        raise Unemittable("what is added to it in the same operator cannot be separated from it")
+    return node, dict(leaf.origin.kwargs)["alpha"]
 
 
 def _is_differentiated(root: fx.Node) -> bool:
     known = root.meta.get("example_value", root.meta.get("val"))
     return isinstance(known, torch.Tensor) and known.requires_grad
-
-
-def _outer(factor: Factor, catalogue: Catalogue, root: fx.Node) -> Source:
-    """The tensor that a factor of the result is."""
-    if isinstance(factor, Read):
-        return source_of(factor)
-    source = catalogue.find((factor,), root)
-    if source is None or source.coef != 1:
-        raise Unemittable("a divisor inside one operator cannot be separated from it")
-    return source
 
 
 def _letters(found: LinearAttention, flat: Sequence[Index], seen: Observation) -> tuple[Axis, ...]:

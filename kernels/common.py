@@ -1,10 +1,14 @@
-"""What the kernels share: tiles with masks, matrix products at a stated precision, the guard of the
-normaliser.
+"""What the kernels share: tiles with masks, feature maps, matrix products at a stated precision,
+the guard of the normaliser.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -17,12 +21,71 @@ def tile_range(SIZE: tl.constexpr, BIG: tl.constexpr):
 
 
 @triton.jit
-def tile_mask(rows, N, cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, cols] inside N × D; without the test of the columns where D fills its block."""
+def tile_mask(inside, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
+    """[rows, cols] of the rows that are `inside`, FULL if all are; without the tests that cannot
+    fail.
+    """
     if D == BLOCK_D:
-        return (rows < N)[:, None]
+        if FULL:
+            return tl.full((1, 1), True, tl.int1)
+        else:
+            return inside[:, None]
+    elif FULL:
+        return (cols < D)[None, :]
     else:
-        return (rows < N)[:, None] & (cols < D)[None, :]
+        return inside[:, None] & (cols < D)[None, :]
+
+
+@triton.jit
+def column_mask(cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[1, cols] for feature maps. Rows beyond the last are left to what their φ is multiplied by: a
+    select between φ and its rounding would double the price of the rounding.
+    """
+    if D == BLOCK_D:
+        return tl.full((1, 1), True, tl.int1)
+    else:
+        return (cols < D)[None, :]
+
+
+@triton.jit
+def mapped(x, mask, MAP: tl.constexpr):
+    """MAP(x) in fp32 (None: x itself), 0 outside of `mask`; x is loaded with 0 there."""
+    if MAP is None:
+        return x.to(tl.float32)
+    else:
+        return MAP(x.to(tl.float32), mask)
+
+
+@triton.jit
+def operand(x, mask, MAP: tl.constexpr):
+    """MAP(x) in x's dtype, as the user's graph rounds it before a product."""
+    if MAP is None:
+        return x
+    else:
+        return MAP(x.to(tl.float32), mask).to(x.dtype)
+
+
+@triton.jit
+def once(x, MAP: tl.constexpr):
+    """x = MAP(…), computed once. Triton prefers to evaluate cheap arithmetic again in every layout
+    that it is used in, which for an exp is dearer than the way through shared memory; it leaves
+    alone what might have side effects.
+    """
+    if MAP is None or x.dtype == tl.float32 or INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+
+
+@triton.jit
+def through_map(x, g, mask, MAP_GRAD: tl.constexpr):
+    """g · MAP'(x) in fp32."""
+    if MAP_GRAD is None:
+        return g
+    else:
+        return MAP_GRAD(x.to(tl.float32), g, mask)
 
 
 @triton.jit
@@ -36,13 +99,60 @@ def round_tf32(x):
 
 
 @triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b in fp32.
+def power_to_fit(largest):
+    """The power of two that brings `largest` (fp32, ≥ 0) into [2^14, 2^15), and its inverse."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.minimum(tl.maximum(exponent, -100), 127)
+    down = ((127 + 14 - exponent) << 23).to(tl.float32, bitcast=True)
+    up = ((127 - 14 + exponent) << 23).to(tl.float32, bitcast=True)
+    return down, up
 
-    native: b rounded to a's 16-bit type.   tf32: both rounded to tf32. fp16 is a subset of tf32
-    with fp32's range, so fp16 operands lose nothing and fp32 ones cannot overflow.   ieee: fp32 on
-    the CUDA cores.   tf32x2: b as two tf32 parts beside a 16-bit a, three products beside an fp32
-    a.
+
+@triton.jit
+def held(b, AXIS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A matrix in fp32 that many tiles are multiplied by: (as `product` wants it, factor).
+
+    native: rounded to DTYPE. A state may leave fp16 on either side, so there each line along AXIS,
+    the axis that a product sums over, is brought to 2^14 by a power of two; what a product has to
+    be multiplied by is the factor, a vector along the other axis.   tf32: rounded.   Otherwise b.
+    The factor is 1 but for fp16.
+    """
+    if PRECISION == "native":
+        if tl.float16 == DTYPE:
+            down, up = power_to_fit(tl.max(tl.abs(b), AXIS))
+            return (b * tl.expand_dims(down, AXIS)).to(DTYPE), up
+        else:
+            return b.to(DTYPE), 1.0
+    elif PRECISION == "tf32":
+        return round_tf32(b), 1.0
+    else:
+        return b, 1.0
+
+
+@triton.jit
+def scaled(x, factor, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """x [rows, cols] times the factor of `held`, along the columns."""
+    if PRECISION == "native" and tl.float16 == DTYPE:
+        return x * factor[None, :]
+    else:
+        return x
+
+
+@triton.jit
+def in_parts(x):
+    """x in fp32 as three bf16 summands: 24 bits."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a·b in fp32, for b an input tile or `held`.
+
+    native: in a's 16-bit type.   tf32: both rounded to tf32.   ieee: fp32 on the CUDA cores.
+    tf32x2: b as two tf32 parts beside a 16-bit a, three products beside an fp32 a.
     """
     if PRECISION == "native":
         return tl.dot(a, b.to(a.dtype), acc)
@@ -62,6 +172,51 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def weighted_rows(x, w, DTYPE: tl.constexpr):
+    """w[n] x[n] in DTYPE for a product over n, and what to multiply that by; x [rows, cols] and w
+    fp32.
+
+    w·x may leave fp16, as 1/z times x mostly does: there w is brought into [1/2, 1) by a power of
+    two near its largest value in the tile.
+    """
+    if tl.float16 == DTYPE:
+        down, up = power_to_fit(tl.max(tl.abs(w), 0))
+        return (x * (w * (down * 0.000030517578125))[:, None]).to(DTYPE), up * 32768.0
+    else:
+        return (x * w[:, None]).to(DTYPE), 1.0
+
+
+@triton.jit
+def add_product(a, b, factor, acc):
+    """acc + factor·(aᵀb) for 16-bit a, b; the factor is 1 but for fp16."""
+    if a.dtype == tl.float16:
+        return acc + tl.dot(tl.trans(a), b, tl.zeros(acc.shape, tl.float32)) * factor
+    else:
+        return tl.dot(tl.trans(a), b, acc)
+
+
+@triton.jit
+def in_columns(x, DTYPE: tl.constexpr):
+    """A vector in fp32 as (16 columns in DTYPE whose rows add up to it, factor): a product with it
+    sums as exactly as fp32 does, on the tensor cores.
+    """
+    if tl.float16 == DTYPE:
+        down, up = power_to_fit(tl.max(tl.abs(x), 0))
+        x = x * down
+    else:
+        up = 1.0
+    high = x.to(DTYPE)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(DTYPE)
+    low = (rest - middle.to(tl.float32)).to(DTYPE)
+    column = tl.arange(0, 16)[None, :]
+    none = tl.zeros((1, 1), DTYPE)
+    parts = tl.where(column == 2, low[:, None], none)
+    parts = tl.where(column == 1, middle[:, None], parts)
+    return tl.where(column == 0, high[:, None], parts), up
+
+
+@triton.jit
 def split_product(a, b, zeros):
     """a·b to fp32 accuracy as (high, low), for a in bf16 and b in fp32 as three bf16 parts, 24 bits
     in all.
@@ -70,10 +225,7 @@ def split_product(a, b, zeros):
     part have 16 bits, which leaves room for their sum: it is nearly exact if nothing else shares
     its accumulator. The rest is 2^-8 of it.
     """
-    high = b.to(tl.bfloat16)
-    rest = b - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    high, middle, low = in_parts(b)
     return tl.dot(a, high, zeros), tl.dot(a, middle, tl.dot(a, low, zeros))
 
 
@@ -84,3 +236,17 @@ def guarded(z, eps, NORMALIZER: tl.constexpr):
         return z + eps
     else:
         return tl.maximum(z, eps, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def launch_dependents(PDL: tl.constexpr):
+    """Lets the next kernel's programs take the place of finished ones (sm_90)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Before the first read of what the previous kernel wrote."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()

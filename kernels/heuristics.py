@@ -15,7 +15,8 @@ import torch
 @dataclass(frozen=True)
 class Tile:
     """Block sizes (rows of the sequence, features, value channels, normaliser features), warps,
-    pipeline stages.
+    pipeline stages, how many programs are meant to run on one multiprocessor at a time, and whether
+    sums over the sequence are folded to one row in every step.
     """
 
     BLOCK_N: int
@@ -24,6 +25,11 @@ class Tile:
     BLOCK_DN: int
     num_warps: int
     num_stages: int
+    resident: int = 4
+    FOLD: bool = False
+
+
+SUM_TILE = Tile(512, 16, 16, 16, 4, 1)
 
 
 def block(size: int) -> int:
@@ -44,8 +50,12 @@ def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Til
     if precision == "native":
         v = min(v, 16384 // d)
         if d == 256:
-            return Tile(64, d, min(v, 32) if capability >= 10 else v, block(DN), 8, 2)
-        return Tile(64, d, v, block(DN), _warps(d, v, precision), 3)
+            return Tile(32, d, min(v, 32) if capability >= 10 else v, block(DN), 8, 3, 2)
+        if max(d, v, block(DN)) <= 32:
+            return Tile(256, d, v, block(DN), 4, 2, 2)
+        if d * v <= 4096:
+            return Tile(128, d, v, block(DN), 8, 2, 2)
+        return Tile(64, d, v, block(DN), 8, 4 if capability >= 9 else 3, 1)
     v = min(v, 64)
     if precision == "ieee" and max(d, block(DN)) > 64:
         return Tile(16, d, v, block(DN), 8, 1)
@@ -54,39 +64,57 @@ def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Til
 
 
 @cache
-def output_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
     """`output_kernel`: state tile BLOCK_D × BLOCK_V held, accumulator BLOCK_N × BLOCK_V."""
     d, v = block(D), block(DV)
     if precision == "native":
         v = min(v, 16384 // d)
-        return Tile(64, d, v, block(DN), _warps(d, v, precision), 1 if d == 256 else 2)
+        if d == 256:
+            return Tile(64, d, v, block(DN), 8, 1, 2)
+        if max(d, v, block(DN)) <= 32:
+            return Tile(256, d, v, block(DN), 8, 3, 1)
+        if d * v <= 4096:
+            return Tile(128, d, v, block(DN), 8, 3, 16)
+        if capability < 9:
+            return Tile(64, d, min(v, 64), block(DN), 8, 2, 2)
+        return Tile(64, d, v, block(DN), 8, 3, 2)
     v = min(v, 64, (4096 if precision == "split" else 8192) // d)
-    rows = 64 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
+    rows = 32 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
     warps = 8 if precision == "split" and d >= 128 else _warps(d, v, precision)
     return Tile(rows, d, v, block(DN), warps, 1 if d == 256 else 2)
 
 
 @cache
-def query_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
     """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both
     BLOCK_D × BLOCK_V.
     """
     d, v = block(D), block(DV)
     if precision == "ieee":
-        rows, warps = (16, 8) if d * v <= 1024 else (32, 16)
-        return Tile(rows, d, v, block(DN), warps, 1)
-    rows = 64 if precision == "native" else 32
-    return Tile(rows, d, v, block(DN), _warps(d, v, precision), 2)
+        return Tile(16, d, v, block(DN), 8, 1)
+    if precision == "native":
+        if d * v <= 4096:
+            if capability < 9:  # mma there wants the state in registers
+                return Tile(32, d, v, block(DN), 8, 2, 2)
+            return Tile(64, d, v, block(DN), 4, 3, 2)
+        return Tile(32, d, v, block(DN), 8, 3, 1)
+    return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 
 
 @cache
-def key_pass_tile(D: int, DV: int, DN: int, precision: str) -> Tile:
+def key_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
     """`key_pass_kernel`: dstate held, accumulators BLOCK_N × BLOCK_D and BLOCK_N × BLOCK_V."""
     d, v = block(D), block(DV)
     if precision == "native":
-        return Tile(64, d, v, block(DN), _warps(d, v, precision), 2)
+        if d * v <= 1024:
+            return Tile(64, d, v, block(DN), 4, 4, 1)
+        if d * v <= 4096:
+            return Tile(64, d, v, block(DN), 8, 4, 4)
+        return Tile(64, d, v, block(DN), 8, 3 if capability >= 9 else 2, 2)
+    if precision == "ieee":
+        return Tile(32, d, v, block(DN), 16 if d * v >= 4096 else 8, 1)
     rows = 32 if d * v >= 4096 else 64
-    stages = 1 if d * v > 8192 or precision == "ieee" else 2
+    stages = 1 if d * v > 8192 else 2
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), stages)
 
 
@@ -96,6 +124,61 @@ def wide_query_tile(precision: str) -> Tile:
     if precision == "ieee":
         return Tile(16, 64, 64, 64, 8, 1)
     return Tile(64 if precision == "native" else 32, 64, 64, 64, 4, 2)
+
+
+@cache
+def map_tile(D: int) -> Tile:
+    """`map_kernel`: 2048 elements a program."""
+    d = block(D)
+    return Tile(max(1, 2048 // d), d, 16, 16, 4, 1)
+
+
+@cache
+def short_tile(D: int, DV: int, DN: int, rows: int = 512) -> Tile:
+    """The kernels of `short.py`, which hold what the other kernels hold, one after the other."""
+    d, v = block(D), block(DV)
+    if rows < 512:
+        return Tile(64, d, v, block(DN), 4, 3)
+    return Tile(128, d, v, block(DN), 8, 3)
+
+
+@cache
+def short_forward_parts(
+    heads: int, N: int, M: int, D: int, DV: int, DN: int, itemsize: int,
+    state_in: str, output_in: str, multiprocessors: int,
+) -> int:  # fmt: skip
+    """Programs a head of `short_forward_kernel`; 0 where it does not pay."""
+    if state_in != "native" or output_in not in ("native", "split") or max(D, DV, DN) > 64:
+        return 0
+    enough = 2 * heads > multiprocessors
+    if M * (D + DV) * itemsize > (256 if enough else 64) * 1024:
+        return 0
+    return max(1, min(2 * multiprocessors // heads, 4, -(-N // 64)))
+
+
+@cache
+def short_backward_parts(
+    heads: int, N: int, M: int, D: int, DV: int, DN: int, itemsize: int,
+    precision: str, multiprocessors: int,
+) -> int:  # fmt: skip
+    """Programs a head of `short_backward_kernel`; 0 where it does not pay."""
+    if precision != "native" or max(D, DV, DN) > 64:
+        return 0
+    enough = 2 * heads > multiprocessors
+    if N * (D + DV) * itemsize > (256 if enough else 64) * 1024:
+        return 0
+    return max(1, min(multiprocessors // heads, 4, -(-max(N, M) // 64)))
+
+
+def rows_of_part(rows: int, parts: int, tile: Tile) -> int:
+    """The rows of one of `parts` programs, in whole tiles."""
+    return -(-rows // (parts * tile.BLOCK_N)) * tile.BLOCK_N
+
+
+def equal_parts(rows: int, parts: int, tile: Tile) -> tuple[int, int]:
+    """(rows a program, programs) for at most `parts` programs that all have rows."""
+    each = rows_of_part(rows, parts, tile)
+    return each, -(-rows // each)
 
 
 @cache
@@ -130,6 +213,11 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may start while the last programs of the previous one run."""
+    return device.type != "cpu" and capability(device) >= 9
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 4 elsewhere (Triton's interpreter)."""
@@ -141,12 +229,24 @@ def multiprocessors(device: torch.device) -> int:
 def divide_rows(rows: int, programs: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """(rows a program, programs along the sequence), given how many `programs` run beside each
     other.
-
-    Enough programs for eight a multiprocessor, but at least four tiles each, to be worth the state
-    they read or write.
     """
-    wanted = -(-8 * multiprocessors(device) // programs)
-    splits = max(1, min(wanted, rows // (4 * tile.BLOCK_N)))
-    each = -(-rows // splits)
-    each = -(-each // tile.BLOCK_N) * tile.BLOCK_N
-    return each, -(-rows // each)
+    return _divide(rows, programs, tile, tile.resident * multiprocessors(device))
+
+
+@cache
+def _divide(rows: int, programs: int, tile: Tile, slots: int) -> tuple[int, int]:
+    """The division whose last program ends first, if programs start in waves of `slots`.
+
+    A program costs its rows, and as much as BLOCK_D + 32 rows for its start and its partial state.
+    After a few waves programs no longer start together, and the last wave costs half.
+    """
+    best = (0.0, rows, 1)
+    for splits in range(1, max(1, min(64, rows // (2 * tile.BLOCK_N))) + 1):
+        each = -(-rows // (splits * tile.BLOCK_N)) * tile.BLOCK_N
+        used = -(-rows // each)
+        waves = programs * used / slots
+        waves = waves + 0.5 if waves > 3 else float(-(-programs * used // slots))
+        cost = waves * (each + tile.BLOCK_D + 32)
+        if best[0] == 0.0 or cost < best[0]:
+            best = (cost, each, used)
+    return best[1], best[2]

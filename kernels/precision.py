@@ -1,8 +1,8 @@
 """Which arithmetic a product runs in (see `common.py`), by the dtypes that go in and come out.
 
 The yardstick is the error of the user's own graph.
-- A graph in bf16 rounds its state to bf16, so may we: "native". fp16 goes through "tf32", of which
-  it is a subset, because a state in fp16 would overflow at 65504.
+- A graph in 16 bits rounds its state to 16 bits, so may we: "native". A state in fp16 would
+  overflow at 65504: it is brought into range by powers of two, see `held` and `weighted_rows`.
 - A float32 result of 16-bit inputs is the user's upcast, so nothing may be rounded below fp32. For
   bf16 the state is split into three bf16 parts. Products of fp16 have 22 bits, and tensor cores,
   which cut off instead of rounding, lose bits of their sums (3 times the error of the user's graph
@@ -23,10 +23,17 @@ def float32_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def state_precision(dtype: torch.dtype, out_dtype: torch.dtype) -> str:
-    """Both operands are inputs: products of 16-bit values are exact in fp32."""
+def state_precision(
+    dtype: torch.dtype, out_dtype: torch.dtype, *, weighted: bool = False, upcast: bool = False
+) -> str:
+    """Both operands are inputs: products of 16-bit values are exact in fp32.
+
+    weighted: by numbers, with which they are not.
+    """
     if dtype == torch.float32:
         return float32_precision()
+    if weighted and (upcast or out_dtype == torch.float32):
+        return "ieee"
     return "ieee" if dtype == torch.float16 and out_dtype == torch.float32 else "native"
 
 
@@ -38,7 +45,7 @@ def output_precision(dtype: torch.dtype, out_dtype: torch.dtype, *, upcast: bool
         return "native" if out_dtype == torch.bfloat16 and not upcast else "split"
     if out_dtype == torch.float32:
         return "ieee"
-    return "tf32x2" if upcast else "tf32"
+    return "tf32x2" if upcast else "native"
 
 
 def backward_precision(dtype: torch.dtype, do_dtype: torch.dtype, *, upcast: bool = False) -> str:
@@ -51,4 +58,4 @@ def backward_precision(dtype: torch.dtype, do_dtype: torch.dtype, *, upcast: boo
         return "native" if do_dtype == torch.bfloat16 and not upcast else "tf32"
     if do_dtype == torch.float32:
         return "ieee"
-    return "tf32x2" if upcast else "tf32"
+    return "tf32x2" if upcast else "native"

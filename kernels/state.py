@@ -1,34 +1,158 @@
-"""state[c,d] = Σ_m k[m,c] · a[m] v[m,d]  and  key_sum[c] = Σ_m b[m] k'[m,c], a slice of the
-sequence a program.
+"""state[c,d] = Σ_m kf[m,c] · a[m] v[m,d]  and  key_sum[c] = Σ_m b[m] kn[m,c], with kf = φ(k), a
+slice of the sequence a program.
 
-Shapes: k (B, M, D), v (B, M, Dv), k' (B, M, D') by strides; a, b (B, M) fp32, dense, or absent (1).
-Each program reduces ROWS tokens for one tile of BLOCK_V value channels, and writes fp32 partial
-sums; `sum_splits` adds them in order. D is one block, up to 256; the tiles of Dv re-read k, from L2
-where they run together. The weights a, b make this the backward's dstate = Σ_n q (w·do) and
-dkey_sum = Σ_n dz·q' for wide heads.
+Shapes: k (B, M, D), v (B, M, Dv), k' (B, M, D'), weights a, b (B, M), all by strides. A boolean
+weight is part of the mask: rows that it drops are not read. Each program reduces ROWS tokens for
+one tile of BLOCK_V value channels, and writes fp32 partial sums; `sum_splits` adds them in order. D
+is one block, up to 256; the tiles of Dv re-read k, from L2 where they run together. Two different
+weights make this the backward's dstate = Σ_n φ(q) (w·do) and dkey_sum = Σ_n dz·q' for wide heads.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
-from bla_inductor.kernels.common import product, tile_mask, tile_range
+from bla_inductor.kernels.common import (
+    add_product,
+    column_mask,
+    in_columns,
+    launch_dependents,
+    mapped,
+    operand,
+    product,
+    tile_mask,
+    tile_range,
+    wait_for_previous,
+    weighted_rows,
+)
 
 
 @triton.jit
+def accumulate_state(
+    k_ptr, v_ptr, n_ptr, a_ptr, b_ptr, first, last, tile,
+    skn, skd, svn, svd, snn, snd, san,
+    D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
+):  # fmt: skip
+    """(state, key_sum) of rows first … last; the pointers are those of row `first`."""
+    # A product with `in_columns`, where the user's graph rounds the sum to 16 bits anyway.
+    TENSOR_SUMS: tl.constexpr = NORM == "coupled" and PRECISION == "native" and not EXACT
+    state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
+    if TENSOR_SUMS:
+        sums = tl.zeros((BLOCK_D, 16), tl.float32)
+    elif FOLD:
+        sums = tl.zeros((BLOCK_DN,), tl.float32)
+    else:  # one row of sums for each row of a tile: added up across threads at the end only
+        sums = tl.zeros((BLOCK_N, BLOCK_DN), tl.float32)
+    for n in range(0, last - first, BLOCK_N):
+        state, sums = _add_tile(
+            k_ptr, v_ptr, n_ptr, a_ptr,
+            b_ptr, state, sums, last - first - n, tile,
+            skn, skd, svn, svd, snn, snd, san,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, FOLD,
+            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS,
+        )  # fmt: skip
+        k_ptr += BLOCK_N * skn
+        v_ptr += BLOCK_N * svn
+        n_ptr += BLOCK_N * snn
+        a_ptr += BLOCK_N * san
+        b_ptr += BLOCK_N * san
+    if TENSOR_SUMS:
+        return state, tl.sum(sums, 1)
+    elif FOLD:
+        return state, sums
+    else:
+        return state, tl.sum(sums, 0)
+
+
+@triton.jit
+def _add_tile(
+    k_ptr, v_ptr, n_ptr, a_ptr, b_ptr, state, sums, left, tile,
+    skn, skd, svn, svd, snn, snd, san,
+    D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
+    TENSOR_SUMS: tl.constexpr,
+):  # fmt: skip
+    """state and sums with one tile added, of which `left` rows are left."""
+    TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
+    rn = tile_range(BLOCK_N, BIG)
+    rd = tile_range(BLOCK_D, BIG)
+    rv = tile_range(BLOCK_V, BIG) + tile * BLOCK_V
+    inside = rn < left
+    if WEIGHT == "mask":
+        inside = inside & (tl.load(a_ptr + rn * san, mask=inside, other=0) != 0)
+    elif WEIGHT == "float":
+        a = tl.load(a_ptr + rn * san, mask=inside, other=0.0).to(tl.float32)
+    k_mask = tile_mask(inside, rd, D, BLOCK_D, False)
+    v_mask = tile_mask(inside, rv, DV, BLOCK_V * TILES, False)
+    k = tl.load(k_ptr + rn[:, None] * skn + rd[None, :] * skd, mask=k_mask, other=0.0)
+    v = tl.load(v_ptr + rn[:, None] * svn + rv[None, :] * svd, mask=v_mask, other=0.0)
+    # Beyond the last row v and b are 0.
+    k = operand(k, column_mask(rd, D, BLOCK_D), K_MAP)
+    if WEIGHT == "float":
+        if PRECISION == "native":
+            rows, factor = weighted_rows(k.to(tl.float32), a, k.dtype)
+            state = add_product(rows, v, factor, state)
+        else:
+            state = product(tl.trans(k), v.to(tl.float32) * a[:, None], state, PRECISION)
+    elif EXACT:
+        # Tensor cores cut off, rather than round, what does not fit beside the largest summand:
+        # exact enough for one tile, a bias over thousands of tokens. The factor, 1, keeps Triton
+        # from merging the sum into the dot.
+        one = tl.where(left > 0, 1.0, 0.0)
+        state += tl.dot(tl.trans(k), v, tl.zeros((BLOCK_D, BLOCK_V), tl.float32)) * one
+    else:
+        state = product(tl.trans(k), v, state, PRECISION)
+    if NORM != "none":
+        if WEIGHT == "float":
+            b = tl.load(b_ptr + rn * san, mask=inside, other=0.0).to(tl.float32)
+        else:
+            b = tl.where(inside, 1.0, 0.0)
+        if TENSOR_SUMS:
+            if WEIGHT == "float":
+                parts, factor = in_columns(b, k.dtype)
+                sums = add_product(k, parts, factor, sums)
+            else:
+                first_column = (tl.arange(0, 16) == 0)[None, :]
+                ones = tl.where(inside[:, None] & first_column, 1.0, 0.0).to(k.dtype)
+                sums = tl.dot(tl.trans(k), ones, sums)
+        else:
+            if NORM == "decoupled":
+                rdn = tile_range(BLOCK_DN, BIG)
+                n_mask = tile_mask(inside, rdn, DN, BLOCK_DN, False)
+                kn = tl.load(n_ptr + rn[:, None] * snn + rdn[None, :] * snd, mask=n_mask, other=0.0)
+                features = mapped(kn, column_mask(rdn, DN, BLOCK_DN), KN_MAP)
+            else:
+                features = k.to(tl.float32)
+            features *= b[:, None]
+            sums += tl.sum(features, 0) if FOLD else features
+    return state, sums
+
+
+@triton.jit(do_not_specialize=["ROWS", "SPLITS", "B1"])
 def state_kernel(
     K, V, KN, A, B, STATE, SUM,
     M, ROWS, SPLITS, B1,
     sk0, sk1, skn, skd,
     sv0, sv1, svn, svd,
     sn0, sn1, snn, snd,
+    sa0, sa1, san,
     STATE_STRIDE, SUM_STRIDE,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr,  # fewer registers for key_sum
     NORM: tl.constexpr,  # "none", "coupled" (k' is k) or "decoupled"
-    WEIGHTED: tl.constexpr,
+    WEIGHT: tl.constexpr,  # "none", "mask" or "float"
+    K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr,  # for a float32 result: add the tiles up on the CUDA cores
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0)
@@ -40,59 +164,19 @@ def state_kernel(
     b1 = (batch % B1).to(tl.int64)
     first = split * ROWS
     last = tl.minimum(first + ROWS, M)
-
-    rn = tile_range(BLOCK_N, BIG)
-    rd = tile_range(BLOCK_D, BIG)
-    rv = tile_range(BLOCK_V, BIG) + tile * BLOCK_V
     first64 = first.to(tl.int64)
-    k_ptr = K + b0 * sk0 + b1 * sk1 + first64 * skn
-    v_ptr = V + b0 * sv0 + b1 * sv1 + first64 * svn
-    k_offsets = rn[:, None] * skn + rd[None, :] * skd
-    v_offsets = rn[:, None] * svn + rv[None, :] * svd
-    if NORM == "decoupled":
-        rdn = tile_range(BLOCK_DN, BIG)
-        n_ptr = KN + b0 * sn0 + b1 * sn1 + first64 * snn
-        n_offsets = rn[:, None] * snn + rdn[None, :] * snd
-    if WEIGHTED:
-        a_ptr = A + batch.to(tl.int64) * M + first
-        b_ptr = B + batch.to(tl.int64) * M + first
-
-    one = tl.where(M > 0, 1.0, 0.0)
-    state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
-    key_sum = tl.zeros((BLOCK_DN,), tl.float32)
-    for n in range(first, last, BLOCK_N):
-        rows = n + rn
-        k = tl.load(k_ptr + k_offsets, mask=tile_mask(rows, M, rd, D, BLOCK_D), other=0.0)
-        v = tl.load(v_ptr + v_offsets, mask=tile_mask(rows, M, rv, DV, BLOCK_V * TILES), other=0.0)
-        if WEIGHTED:
-            a = tl.load(a_ptr + tl.arange(0, BLOCK_N), mask=rows < M, other=0.0)
-            v = a[:, None] * v.to(tl.float32)
-            a_ptr += BLOCK_N
-        if EXACT:
-            # Tensor cores cut off, rather than round, what does not fit beside the largest summand:
-            # exact enough for one tile, a bias over thousands of tokens. The factor, 1, keeps
-            # Triton from merging the sum into the dot.
-            tile_state = tl.dot(tl.trans(k), v, tl.zeros((BLOCK_D, BLOCK_V), tl.float32))
-            state += tile_state * one
-        else:
-            state = product(tl.trans(k), v, state, PRECISION)
-        if NORM != "none":
-            if NORM == "decoupled":
-                kn = tl.load(
-                    n_ptr + n_offsets, mask=tile_mask(rows, M, rdn, DN, BLOCK_DN), other=0.0
-                )
-                n_ptr += BLOCK_N * snn
-                features = kn.to(tl.float32)
-            else:
-                features = k.to(tl.float32)
-            if WEIGHTED:
-                b = tl.load(b_ptr + tl.arange(0, BLOCK_N), mask=rows < M, other=0.0)
-                features *= b[:, None]
-                b_ptr += BLOCK_N
-            key_sum += tl.sum(features, 0)
-        k_ptr += BLOCK_N * skn
-        v_ptr += BLOCK_N * svn
-
+    wait_for_previous(PDL)
+    launch_dependents(PDL)
+    state, key_sum = accumulate_state(
+        K + b0 * sk0 + b1 * sk1 + first64 * skn,
+        V + b0 * sv0 + b1 * sv1 + first64 * svn,
+        KN + b0 * sn0 + b1 * sn1 + first64 * snn,
+        A + b0 * sa0 + b1 * sa1 + first64 * san,
+        B + b0 * sa0 + b1 * sa1 + first64 * san,
+        first, last, tile, skn, skd, svn, svd, snn, snd, san,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, FOLD,
+        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG,
+    )  # fmt: skip
     slot64 = slot.to(tl.int64)
     cd = tl.arange(0, BLOCK_D)
     cv = tl.arange(0, BLOCK_V) + tile * BLOCK_V
@@ -106,10 +190,10 @@ def state_kernel(
         tl.store(SUM + slot64 * SUM_STRIDE + cn, key_sum, mask=cn < DN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def sum_splits(
     PARTIAL, STATE, SUM, SPLITS,
-    STATE_SIZE: tl.constexpr, SUM_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    STATE_SIZE: tl.constexpr, SUM_SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """STATE (B, STATE_SIZE), SUM (B, SUM_SIZE) = the sum over splits of PARTIAL (B, SPLITS,
     STATE_SIZE + SUM_SIZE).
@@ -120,6 +204,8 @@ def sum_splits(
     batch = (pid // BLOCKS).to(tl.int64)
     i = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     pointer = PARTIAL + batch * SPLITS * SIZE
+    wait_for_previous(PDL)
+    launch_dependents(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(0, SPLITS):
         total += tl.load(pointer + i, mask=i < SIZE, other=0.0)

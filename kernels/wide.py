@@ -10,12 +10,24 @@ is cheaper than keeping t.
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
-from bla_inductor.kernels.common import guarded, product, tile_mask, tile_range
+from bla_inductor.kernels.common import (
+    guarded,
+    held,
+    launch_dependents,
+    mapped,
+    operand,
+    product,
+    scaled,
+    through_map,
+    tile_mask,
+    tile_range,
+    wait_for_previous,
+)
 
 
 @triton.jit
 def _state_gradient_tile(
-    do_ptr, s_ptr, rn, rows, N, c, sgn, sgd,
+    do_ptr, s_ptr, rn, inside, c, sgn, sgd,
     D: tl.constexpr, DV: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr,
@@ -29,7 +41,7 @@ def _state_gradient_tile(
         rv = e * BLOCK_V + tile_range(BLOCK_V, BIG)
         do = tl.load(
             do_ptr + rn[:, None] * sgn + rv[None, :] * sgd,
-            mask=tile_mask(rows, N, rv, DV, BLOCK_V * V_TILES),
+            mask=tile_mask(inside, rv, DV, BLOCK_V * V_TILES, False),
             other=0.0,
         )
         state = tl.load(
@@ -37,11 +49,16 @@ def _state_gradient_tile(
             mask=(cols < D)[:, None] & (cv < DV)[None, :],
             other=0.0,
         )
-        t = product(do, tl.trans(state), t, PRECISION)
+        state, factor = held(tl.trans(state), 0, do.dtype, PRECISION)
+        if PRECISION == "native" and do.dtype == tl.float16:
+            part = product(do, state, tl.zeros((BLOCK_N, BLOCK_C), tl.float32), PRECISION)
+            t += scaled(part, factor, do.dtype, PRECISION)
+        else:
+            t = product(do, state, t, PRECISION)
     return t
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BLOCKS", "B1"])
 def wide_query_kernel(
     DO, Q, QN, DQ, DQN, STATE, SUM, W, DZ,
     N, BLOCKS, B1, scale, norm_scale, eps,
@@ -56,8 +73,11 @@ def wide_query_kernel(
     NORMALIZER: tl.constexpr,
     DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
+    Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
+    QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     C_TILES: tl.constexpr = (D + BLOCK_C - 1) // BLOCK_C
     N_TILES: tl.constexpr = (DN + BLOCK_C - 1) // BLOCK_C
@@ -71,8 +91,7 @@ def wide_query_kernel(
     b1 = (batch % B1).to(tl.int64)
     first64 = first.to(tl.int64)
     rn = tile_range(BLOCK_N, BIG)
-    rows = first + rn
-    inside = rows < N
+    inside = first + rn < N
     do_ptr = DO + b0 * sg0 + b1 * sg1 + first64 * sgn
     q_ptr = Q + b0 * sq0 + b1 * sq1 + first64 * sqn
     dq_ptr = DQ + b0 * sdq0 + b1 * sdq1 + first64 * sdqn
@@ -82,6 +101,8 @@ def wide_query_kernel(
     z_ptr = SUM + b0 * sz0 + b1 * sz1
     row = batch.to(tl.int64) * N + first + tl.arange(0, BLOCK_N)
 
+    wait_for_previous(PDL)
+    launch_dependents(PDL)
     w = tl.zeros((BLOCK_N,), tl.float32) + scale
     dz = tl.zeros((BLOCK_N,), tl.float32)
     if NORMALIZER != "none":
@@ -89,13 +110,15 @@ def wide_query_kernel(
         for i in range(0, N_TILES):
             cn = i * BLOCK_C + tl.arange(0, BLOCK_C)
             rc = i * BLOCK_C + tile_range(BLOCK_C, BIG)
-            qn = tl.load(
-                qn_ptr + rn[:, None] * snn + rc[None, :] * snd,
-                mask=tile_mask(rows, N, rc, DN, BLOCK_C * N_TILES),
-                other=0.0,
-            )
+            mask = tile_mask(inside, rc, DN, BLOCK_C * N_TILES, False)
+            if DECOUPLED:
+                qn = tl.load(qn_ptr + rn[:, None] * snn + rc[None, :] * snd, mask=mask, other=0.0)
+                qn = mapped(qn, mask, QN_MAP)
+            else:
+                qn = tl.load(q_ptr + rn[:, None] * sqn + rc[None, :] * sqd, mask=mask, other=0.0)
+                qn = operand(qn, mask, Q_MAP).to(tl.float32)
             key_sum = tl.load(z_ptr + cn, mask=cn < DN, other=0.0)
-            z += tl.sum(qn.to(tl.float32) * key_sum[None, :], 1)
+            z += tl.sum(qn * key_sum[None, :], 1)
         z *= norm_scale
         guard = tl.where(inside, guarded(z, eps, NORMALIZER), 1.0)
         w = scale / guard
@@ -103,15 +126,12 @@ def wide_query_kernel(
         for i in range(0, C_TILES):
             rc = i * BLOCK_C + tile_range(BLOCK_C, BIG)
             t = _state_gradient_tile(
-                do_ptr, s_ptr, rn, rows, N, i * BLOCK_C, sgn, sgd,
+                do_ptr, s_ptr, rn, inside, i * BLOCK_C, sgn, sgd,
                 D, DV, BLOCK_C, BLOCK_V, BLOCK_N, PRECISION, BIG,
             )  # fmt: skip
-            q = tl.load(
-                q_ptr + rn[:, None] * sqn + rc[None, :] * sqd,
-                mask=tile_mask(rows, N, rc, D, BLOCK_C * C_TILES),
-                other=0.0,
-            )
-            total += tl.sum(t * q.to(tl.float32), 1)
+            mask = tile_mask(inside, rc, D, BLOCK_C * C_TILES, False)
+            q = tl.load(q_ptr + rn[:, None] * sqn + rc[None, :] * sqd, mask=mask, other=0.0)
+            total += tl.sum(t * operand(q, mask, Q_MAP).to(tl.float32), 1)
         dz = -norm_scale * w * total / guard
         if NORMALIZER == "clamp":
             dz = tl.where(z >= eps, dz, 0.0)
@@ -121,10 +141,17 @@ def wide_query_kernel(
                 cn = i * BLOCK_C + tl.arange(0, BLOCK_C)
                 rc = i * BLOCK_C + tile_range(BLOCK_C, BIG)
                 key_sum = tl.load(z_ptr + cn, mask=cn < DN, other=0.0)
+                mask = tile_mask(inside, rc, DN, BLOCK_C * N_TILES, False)
+                dqn = dz[:, None] * key_sum[None, :]
+                if QN_MAP_GRAD is not None:
+                    qn = tl.load(
+                        qn_ptr + rn[:, None] * snn + rc[None, :] * snd, mask=mask, other=0.0
+                    )
+                    dqn = through_map(qn, dqn, mask, QN_MAP_GRAD)
                 tl.store(
                     dqn_ptr + rn[:, None] * sdnn + rc[None, :] * sdnd,
-                    (dz[:, None] * key_sum[None, :]).to(DQN.dtype.element_ty),
-                    mask=tile_mask(rows, N, rc, DN, BLOCK_C * N_TILES),
+                    dqn.to(DQN.dtype.element_ty),
+                    mask=mask,
                 )
     tl.store(W + row, w, mask=inside)
 
@@ -133,15 +160,19 @@ def wide_query_kernel(
             cd = i * BLOCK_C + tl.arange(0, BLOCK_C)
             rc = i * BLOCK_C + tile_range(BLOCK_C, BIG)
             dq = _state_gradient_tile(
-                do_ptr, s_ptr, rn, rows, N, i * BLOCK_C, sgn, sgd,
+                do_ptr, s_ptr, rn, inside, i * BLOCK_C, sgn, sgd,
                 D, DV, BLOCK_C, BLOCK_V, BLOCK_N, PRECISION, BIG,
             )  # fmt: skip
             dq *= w[:, None]
             if NORMALIZER != "none" and not DECOUPLED:
                 key_sum = tl.load(z_ptr + cd, mask=cd < D, other=0.0)
                 dq += dz[:, None] * key_sum[None, :]
+            mask = tile_mask(inside, rc, D, BLOCK_C * C_TILES, False)
+            if Q_MAP_GRAD is not None:
+                q = tl.load(q_ptr + rn[:, None] * sqn + rc[None, :] * sqd, mask=mask, other=0.0)
+                dq = through_map(q, dq, mask, Q_MAP_GRAD)
             tl.store(
                 dq_ptr + rn[:, None] * sdqn + rc[None, :] * sdqd,
                 dq.to(DQ.dtype.element_ty),
-                mask=tile_mask(rows, N, rc, D, BLOCK_C * C_TILES),
+                mask=mask,
             )

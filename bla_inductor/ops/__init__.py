@@ -3,14 +3,20 @@ it.
 
 For batch-like dims `*`, query index n, key index m, feature c, value channel d:
 
-    out[*,n,d] = scale · Σ_c q[*,n,c] · (Σ_m k[*,m,c] · v[*,m,d])
-                 ──────────────────────────────────────────────────
-                 guard( norm_scale · Σ_c q'[*,n,c] · Σ_m k'[*,m,c] )
+    out[*,n,d] = scale · Σ_c φq(q)[*,n,c] · (Σ_m w[*,m] · φk(k)[*,m,c] · v[*,m,d])
+                 ──────────────────────────────────────────────────────────────────
+                 guard( norm_scale · Σ_c q'[*,n,c] · Σ_m w[*,m] · k'[*,m,c] )
 
-Shapes: q (*batch, N, D), k (*batch, M, D), v (*batch, M, Dv), q' = q_norm (*batch, N, D'),
-k' = k_norm (*batch, M, D'); q' and k' default to q and k. All have the same rank, at least 2; every
-batch dim is equal or 1 (broadcast). Any strides. One dtype for all: bfloat16, float16, float32,
-float64.
+Shapes: q (*batch, N, D), k (*batch, M, D), v (*batch, M, Dv), q_norm (*batch, N, D'),
+k_norm (*batch, M, D'), key_weight (*batch, M). All but key_weight have the same rank, at least 2;
+every batch dim is equal or 1 (broadcast). Any strides. One dtype for all: bfloat16, float16,
+float32, float64; key_weight may also have another one of these, or bool.
+
+- φq, φk = `q_map`, `k_map`, texts in the language of `ops/feature_map.py`: "" is the identity,
+  "Piecewise((x + 1, x > 0), (exp(x), True))" is elu(x) + 1. They are evaluated in fp32 (fp64).
+- q' = `q_norm_map`(q_norm) and k' = `k_norm_map`(k_norm); without q_norm, q' is φq(q), and so for
+  k. q_norm may be q itself, with another map.
+- w = key_weight, 1 if absent: a padding mask, or any weight, with a gradient if it is a float.
 
 | normalizer | guard(z) | note |
 |---|---|---|
@@ -23,10 +29,11 @@ the result may be rounded. `out_dtype` defaults to the inputs' dtype; 16-bit inp
 result are computed to float32 accuracy. `out_order` lists the result's dims from outermost to
 innermost in memory; the result is dense in that order (default: contiguous).
 
-`linear_attention_forward` also returns what the backward needs: the state Σ_m kᵀv (*key batch, D,
-Dv) and Σ_m k' (*key batch, D'), fp32 (fp64 for fp64 inputs), where the key batch is k, v and k_norm
-broadcast together. `linear_attention_backward` is itself differentiable. Autocast does not change
-what the operator computes. This package needs torch alone; Triton is imported by the first call on
+`linear_attention_forward` also returns what the backward needs: the state Σ_m w·φk(k)ᵀv (*key
+batch, D, Dv) and Σ_m w·k' (*key batch, D'), fp32 (fp64 for fp64 inputs), where the key batch is k,
+v, k_norm and key_weight broadcast together. Beside it, only the inputs as given are saved.
+`linear_attention_backward` is itself differentiable. Autocast does not change what the operator
+computes. This package needs torch alone; Triton is imported by the first call on
 a CUDA tensor.
 
 Algorithm: Katharopoulos et al., "Transformers are RNNs", ICML 2020; Shen et al., "Efficient
@@ -34,10 +41,16 @@ Attention", WACV 2021.
 """
 
 from bla_inductor.ops import autograd, dispatch, fake, flops, vmap  # noqa: F401  (they register)
+from bla_inductor.ops.piecewise import piecewise_sparse_attention
 from bla_inductor.ops.schema import (
     linear_attention,
     linear_attention_backward,
     linear_attention_forward,
 )
 
-__all__ = ["linear_attention", "linear_attention_backward", "linear_attention_forward"]
+__all__ = [
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_forward",
+    "piecewise_sparse_attention",
+]

@@ -5,6 +5,8 @@ Everything is computed in fp32 (fp64 for fp64 inputs) whatever autocast says. Th
 associated the cheaper way: φ(Q)(φ(K)ᵀV) costs (N + M)·D·Dv products a head, (φ(Q)φ(K)ᵀ)V costs
 N·M·(D + Dv). `backward` is written in differentiable operations, so the derivative of the backward
 is autograd's.
+
+Names: query, key, query_norm, key_norm are φ of q, k, q', k'; weight is w, (*batch, M, 1).
 """
 
 from collections.abc import Sequence
@@ -13,7 +15,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from bla_inductor.ops.feature_torch import apply, gradient
 from bla_inductor.ops.layout import empty_dense, key_batch, known, reduce_batch
+from bla_inductor.ops.schema import Gradients, Inputs
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -34,124 +38,164 @@ def dense(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Tensor:
     return x if x.dtype == dtype and x.stride() == out.stride() else out.copy_(x)
 
 
-def key_statistics(
-    k: Tensor, v: Tensor, k_norm: Tensor | None, normalizer: str
-) -> tuple[Tensor, Tensor]:
-    """state = Σ_m kᵀv (*key batch, D, Dv) and key_sum = Σ_m k' (*key batch, D'), or (0,) for
-    "none".
-    """
-    acc = accumulation_dtype(k.dtype)
-    batch = key_batch(k, v, k_norm)
-    state = torch.matmul(k.to(acc).mT, v.to(acc))
-    state = state.expand(*batch, *state.shape[-2:]).contiguous()
-    if normalizer == "none":
-        return state, state.new_empty(0)
-    key_sum = (k if k_norm is None else k_norm).sum(-2, dtype=acc)
-    return state, key_sum.expand(*batch, key_sum.shape[-1]).contiguous()
+def _query(x: Inputs) -> Tensor:
+    return apply(x.q_map, x.q.to(accumulation_dtype(x.q.dtype)))
+
+
+def _query_norm(x: Inputs, query: Tensor) -> Tensor:
+    return query if x.q_norm is None else apply(x.q_norm_map, x.q_norm.to(query.dtype))
+
+
+def _key(x: Inputs) -> Tensor:
+    return apply(x.k_map, x.k.to(accumulation_dtype(x.k.dtype)))
+
+
+def _key_norm(x: Inputs, key: Tensor) -> Tensor:
+    return key if x.k_norm is None else apply(x.k_norm_map, x.k_norm.to(key.dtype))
+
+
+def _weight(x: Inputs, dtype: torch.dtype) -> Tensor | None:
+    return None if x.key_weight is None else x.key_weight.to(dtype).unsqueeze(-1)
+
+
+def _times(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight
 
 
 def _guarded(z: Tensor, normalizer: str, eps: float) -> Tensor:
     return z + eps if normalizer == "add" else z.clamp(min=eps)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    normalizer: str,
-    scale: float,
-    norm_scale: float,
-    eps: float,
-    *,
-    keep_state: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def key_statistics(x: Inputs) -> tuple[Tensor, Tensor]:
+    """state = Σ_m w·kᵀv (*key batch, D, Dv) and key_sum = Σ_m w·k' (*key batch, D'), or (0,) for
+    "none".
+    """
+    return _statistics(x, _key(x))
+
+
+def _statistics(x: Inputs, key: Tensor) -> tuple[Tensor, Tensor]:
+    weighted = _times(key, _weight(x, key.dtype))
+    batch = key_batch(x.k, x.v, x.k_norm, x.key_weight)
+    state = torch.matmul(weighted.mT, x.v.to(key.dtype))
+    state = state.expand(*batch, *state.shape[-2:]).contiguous()
+    if not x.normalized:
+        return state, state.new_empty(0)
+    key_sum = _key_sum(x, key, weighted)
+    return state, key_sum.expand(*batch, key_sum.shape[-1]).contiguous()
+
+
+def _key_sum(x: Inputs, key: Tensor, weighted: Tensor) -> Tensor:
+    if x.k_norm is None:
+        return weighted.sum(-2)
+    return _times(_key_norm(x, key), _weight(x, key.dtype)).sum(-2)
+
+
+def forward(x: Inputs, *, keep_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(out, state, key_sum) in the accumulation dtype; the latter two only with `keep_state`."""
-    acc = accumulation_dtype(q.dtype)
-    n, m, d, dv = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
-    query = q.to(acc)
+    n, m, d, dv = x.q.shape[-2], x.k.shape[-2], x.q.shape[-1], x.v.shape[-1]
+    query, key = _query(x), _key(x)
     state = key_sum = None
     # With symbolic sizes, where neither is known to be cheaper, the state is formed first.
     if keep_state or not known((n + m) * d * dv > n * m * (d + dv)):
-        state, key_sum = key_statistics(k, v, k_norm, normalizer)
+        state, key_sum = _statistics(x, key)
         out = torch.matmul(query, state)
     else:
-        out = torch.matmul(torch.matmul(query, k.to(acc).mT), v.to(acc))
-    if normalizer != "none":
-        if key_sum is None:
-            key_sum = (k if k_norm is None else k_norm).sum(-2, dtype=acc)
-        z = torch.matmul(query if q_norm is None else q_norm.to(acc), key_sum.unsqueeze(-1))
-        out = out * (scale / _guarded(z * norm_scale, normalizer, eps))
-    elif scale != 1.0:
-        out = out * scale
+        weighted = _times(key, _weight(x, key.dtype))
+        out = torch.matmul(torch.matmul(query, weighted.mT), x.v.to(key.dtype))
+        if x.normalized:
+            key_sum = _key_sum(x, key, weighted)
+    if x.normalized:
+        assert key_sum is not None
+        z = torch.matmul(_query_norm(x, query), key_sum.unsqueeze(-1))
+        out = out * (x.scale / _guarded(z * x.norm_scale, x.normalizer, x.eps))
+    elif x.scale != 1.0:
+        out = out * x.scale
     return out, state, key_sum
 
 
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    state: Tensor,
-    key_sum: Tensor,
-    normalizer: str,
-    scale: float,
-    norm_scale: float,
-    eps: float,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of q, k, v, q_norm, k_norm in the accumulation dtype and the inputs' shapes, None
-    if unneeded.
+def backward(call: Gradients) -> list[Tensor | None]:
+    """Gradients of q, k, v, q_norm, k_norm, key_weight in the accumulation dtype and the inputs'
+    shapes, None if unneeded.
 
-    With g = scale·do/guard(z) and t = g·stateᵀ:
-        dq = t      dstate = qᵀg      dk = v·dstateᵀ      dv = k·dstate
-        dz = -rowsum(t∘q)/guard(z)·norm_scale      dq' = dz·key_sumᵀ      dk' = Σ_n dz·q'
+    With g = scale·do/guard(z), t = g·stateᵀ and u = v·dstateᵀ:
+        dquery = t      dstate = queryᵀg      dkey = w·u      dv = w·key·dstate
+        dz = -rowsum(t∘query)/guard(z)·norm_scale      dquery' = dz·key_sumᵀ
+        dkey_sum = Σ_n dz·query'      dkey' = w·dkey_sum
+        dw = rowsum(key∘u) + key'·dkey_sum
+    and then through φ: dq = φ'(q)∘dquery for a pointwise φ.
     """
-    acc = accumulation_dtype(q.dtype)
-    normalized = normalizer != "none"
-    query, key, value, g = q.to(acc), k.to(acc), v.to(acc), do.to(acc)
-    query_norm = query if q_norm is None else q_norm.to(acc)
-    needs_query_norm = normalized and needs[0 if q_norm is None else 3]
-    needs_key_norm = normalized and needs[1 if k_norm is None else 4]
-    grads: list[Tensor | None] = [None] * 5
+    x, needs = call.inputs, call.needs
+    query, key = _query(x), _key(x)
+    acc, weight = query.dtype, _weight(x, query.dtype)
+    query_norm = _query_norm(x, query)
+    g = call.do.to(acc)
+    needs_query_norm = x.normalized and needs[0 if x.q_norm is None else 3]
+    needs_key_norm = x.normalized and needs[1 if x.k_norm is None else 4]
+    needs_weight = needs[5] and x.key_weight is not None
+    needs_key_sum = x.normalized and (needs_key_norm or needs_weight)
+    dquery = dquery_norm = dkey = dkey_norm = dvalue = dweight = None
 
-    if normalized:
-        z = torch.matmul(query_norm, key_sum.unsqueeze(-1)) * norm_scale
-        den = _guarded(z, normalizer, eps)
-        g = g * (scale / den)
-    elif scale != 1.0:
-        g = g * scale
-    if needs[0] or needs_query_norm or needs_key_norm:
-        t = torch.matmul(g, state.mT)
+    if x.normalized:
+        z = torch.matmul(query_norm, call.key_sum.unsqueeze(-1)) * x.norm_scale
+        den = _guarded(z, x.normalizer, x.eps)
+        g = g * (x.scale / den)
+    elif x.scale != 1.0:
+        g = g * x.scale
+    if needs[0] or needs_query_norm or needs_key_sum:
+        t = torch.matmul(g, call.state.mT)
         if needs[0]:
-            grads[0] = reduce_batch(t, q.shape[:-2])
-    if needs_query_norm or needs_key_norm:
-        dz = (t * query).sum(-1, keepdim=True) * (-norm_scale) / den
-        if normalizer == "clamp":
-            dz = torch.where(z >= eps, dz, 0.0)
+            dquery = reduce_batch(t, x.q.shape[:-2])
+    if needs_query_norm or needs_key_sum:
+        dz = (t * query).sum(-1, keepdim=True) * (-x.norm_scale) / den
+        if x.normalizer == "clamp":
+            dz = torch.where(z >= x.eps, dz, 0.0)
     if needs_query_norm:
-        target = q if q_norm is None else q_norm
-        dq_norm = reduce_batch(dz * key_sum.unsqueeze(-2), target.shape[:-2])
-        if q_norm is None:
-            assert grads[0] is not None
-            grads[0] = grads[0] + dq_norm
-        else:
-            grads[3] = dq_norm
-    if needs[1] or needs[2]:
-        dstate = reduce_batch(torch.matmul(query.mT, g), key_batch(k, v, None))
-        if needs[1]:
-            grads[1] = reduce_batch(torch.matmul(value, dstate.mT), k.shape[:-2])
+        target = x.q if x.q_norm is None else x.q_norm
+        dquery_norm = reduce_batch(dz * call.key_sum.unsqueeze(-2), target.shape[:-2])
+    if needs[1] or needs[2] or needs_weight:
+        batch = key_batch(x.k, x.v, None, x.key_weight)
+        dstate = reduce_batch(torch.matmul(query.mT, g), batch)
         if needs[2]:
-            grads[2] = reduce_batch(torch.matmul(key, dstate), v.shape[:-2])
-    if needs_key_norm:
-        target = k if k_norm is None else k_norm
-        dk_norm = reduce_batch((dz * query_norm).sum(-2, keepdim=True), target.shape[:-2])
-        if k_norm is None:
-            assert grads[1] is not None
-            grads[1] = grads[1] + dk_norm
-        else:
-            grads[4] = dk_norm.expand(target.shape)
-    return grads
+            dvalue = reduce_batch(torch.matmul(_times(key, weight), dstate), x.v.shape[:-2])
+        if needs[1] or needs_weight:
+            u = torch.matmul(x.v.to(acc), dstate.mT)
+        if needs[1]:
+            dkey = reduce_batch(_times(u, weight), x.k.shape[:-2])
+        if needs_weight:
+            dweight = _reduced_weight(x, (key * u).sum(-1, keepdim=True))
+    if needs_key_sum:
+        batch = key_batch(x.key_norm, x.key_norm, None, x.key_weight)
+        dkey_sum = reduce_batch((dz * query_norm).sum(-2, keepdim=True), batch)
+        if needs_key_norm:
+            dkey_norm = reduce_batch(_times(dkey_sum, weight), x.key_norm.shape[:-2])
+        if needs_weight:
+            share = (_key_norm(x, key) * dkey_sum).sum(-1, keepdim=True)
+            dweight = _added(dweight, _reduced_weight(x, share))
+    if x.q_norm is None:
+        dquery, dquery_norm = _added(dquery, dquery_norm), None
+    if x.k_norm is None:
+        dkey, dkey_norm = _added(dkey, dkey_norm), None
+    return [
+        _through(x.q_map, x.q, dquery),
+        _through(x.k_map, x.k, dkey),
+        dvalue,
+        _through(x.q_norm_map, x.q_norm, dquery_norm),
+        _through(x.k_norm_map, x.k_norm, dkey_norm),
+        None if dweight is None else dweight.squeeze(-1),
+    ]
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _through(text: str, x: Tensor | None, g: Tensor | None) -> Tensor | None:
+    """The gradient of x where g, which may have fewer rows, is that of φ(x)."""
+    if x is None or g is None:
+        return None
+    return gradient(text, x.to(g.dtype), g.expand(x.shape))
+
+
+def _reduced_weight(x: Inputs, dweight: Tensor) -> Tensor:
+    assert x.key_weight is not None
+    return reduce_batch(dweight, x.key_weight.shape[:-1])

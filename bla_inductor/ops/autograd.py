@@ -12,24 +12,18 @@ from torch import Tensor
 from bla_inductor.ops import aten, flops
 from bla_inductor.ops.dispatch import gradient_orders
 from bla_inductor.ops.schema import (
+    RESULT_ONLY,
+    gradients,
     lib,
     linear_attention,
     linear_attention_backward,
     linear_attention_forward,
 )
 
-_DEFAULTS = {
-    "normalizer": "none",
-    "scale": 1.0,
-    "norm_scale": 1.0,
-    "eps": 0.0,
-    "upcast": False,
-}
 
-
-class _LinearAttention(torch.autograd.Function):
-    """inputs: q, k, v, q_norm, k_norm and the keyword arguments as a dict; outputs: out, state,
-    key_sum.
+class _LinearAttention(torch.autograd.function._SingleLevelFunction):
+    """inputs: q, k, v, q_norm, k_norm, key_weight and the keyword arguments as a dict; outputs:
+    out, state, key_sum.
     """
 
     @staticmethod
@@ -43,35 +37,30 @@ class _LinearAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, state, key_sum)
         ctx.mark_non_differentiable(state, key_sum)
         ctx.set_materialize_grads(False)
-        ctx.numbers = {name: kwargs.get(name, default) for name, default in _DEFAULTS.items()}
+        ctx.formula = {name: value for name, value in kwargs.items() if name not in RESULT_ONLY}
         return out, state, key_sum
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         do = output_grads[0]
         if do is None:
-            return (None,) * 6
+            return (None,) * 7
         *tensors, state, key_sum = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
+        needs = ctx.needs_input_grad[:6]
+        orders = gradient_orders(tensors[:5])
         grads = linear_attention_backward(
-            do,
-            *tensors,
-            state,
-            key_sum,
-            **ctx.numbers,
-            needs=needs,
-            orders=gradient_orders(tensors),
+            do, *tensors, state, key_sum, **ctx.formula, needs=needs, orders=orders
         )
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
 
 
-# `Function.apply` would start again from the topmost functorch transform; at the Autograd key
-# exactly one level is being handled, so call the C++ apply as torch's own kernels do.
-_cpp_apply = super(torch.autograd.Function, _LinearAttention).apply
+# `torch.autograd.Function` would start again from the topmost functorch transform; at the Autograd
+# key exactly one level is being handled, so its base is ours, as in torch's own transforms.
+_cpp_apply = _LinearAttention.apply  # type: ignore[attr-defined]
 
 
 def _apply(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    args = (*args, *(None,) * (5 - len(args)), kwargs)
+    args = (*args, *(None,) * (6 - len(args)), kwargs)
     if not torch._C._are_functorch_transforms_active():
         return _cpp_apply(*args)
     from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -109,14 +98,15 @@ def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     if not _differentiable(args):
         with torch._C._AutoDispatchBelowAutograd():
             return linear_attention_backward(*args, **kwargs)
-    do, q, k, v, q_norm, k_norm, _, _ = args
-    numbers = (kwargs["normalizer"], kwargs["scale"], kwargs["norm_scale"], kwargs["eps"])
-    with aten.without_autocast(q.device.type):
-        state, key_sum = aten.key_statistics(k, v, k_norm, numbers[0])
-        grads = aten.backward(
-            do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, kwargs["needs"]
-        )
-    return tuple(q.new_empty(0) if g is None else g.to(q.dtype) for g in grads)
+    call = gradients(*args, **kwargs)
+    x = call.inputs
+    with aten.without_autocast(x.q.device.type):
+        call.state, call.key_sum = aten.key_statistics(x)
+        grads = aten.backward(call)
+    return tuple(
+        x.q.new_empty(0) if g is None or t is None else g.to(t.dtype)
+        for t, g in zip(x.tensors, grads, strict=True)
+    )
 
 
 lib.impl("linear_attention", _attention, "Autograd")

@@ -6,6 +6,7 @@ dims above the kernels' limit are an error there, not a silent change of algorit
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,105 +14,55 @@ from torch import Tensor
 from bla_inductor.ops import aten
 from bla_inductor.ops.checks import check_arguments
 from bla_inductor.ops.layout import dense_order, empty_dense, key_batch, query_batch
-from bla_inductor.ops.schema import lib
+from bla_inductor.ops.schema import TENSORS, Gradients, Inputs, gradients, lib
 
 MAX_HEAD_DIM = 256
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _forward_aten(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    *,
-    normalizer: str = "none",
-    scale: float = 1.0,
-    norm_scale: float = 1.0,
-    eps: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-    out_order: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
-    with aten.without_autocast(q.device.type):
-        out, state, key_sum = aten.forward(
-            q, k, v, q_norm, k_norm, normalizer, scale, norm_scale, eps, keep_state=True
-        )
-    assert state is not None
-    assert key_sum is not None
-    return aten.dense(out, out_dtype or q.dtype, out_order), state, key_sum
+def _attention_aten(*args: Any, **kwargs: Any) -> Tensor:
+    return _run_aten(Inputs(*args, **kwargs), keep_state=False)[0]
 
 
-def _attention_aten(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    *,
-    normalizer: str = "none",
-    scale: float = 1.0,
-    norm_scale: float = 1.0,
-    eps: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-    out_order: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> Tensor:
-    check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
-    with aten.without_autocast(q.device.type):
-        out, _, _ = aten.forward(
-            q, k, v, q_norm, k_norm, normalizer, scale, norm_scale, eps, keep_state=False
-        )
-    return aten.dense(out, out_dtype or q.dtype, out_order)
+def _forward_aten(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _run_aten(Inputs(*args, **kwargs), keep_state=True)  # type: ignore[return-value]
 
 
-def _backward_aten(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    state: Tensor,
-    key_sum: Tensor,
-    *,
-    normalizer: str,
-    scale: float,
-    norm_scale: float,
-    eps: float,
-    needs: Sequence[bool],
-    orders: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> tuple[Tensor, ...]:
-    with aten.without_autocast(q.device.type):
-        grads = aten.backward(
-            do, q, k, v, q_norm, k_norm, state, key_sum, normalizer, scale, norm_scale, eps, needs
-        )
-    rank = q.dim()
+def _run_aten(x: Inputs, *, keep_state: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    check_arguments(x)
+    with aten.without_autocast(x.q.device.type):
+        out, state, key_sum = aten.forward(x, keep_state=keep_state)
+    return aten.dense(out, x.out_dtype or x.q.dtype, x.out_order), state, key_sum
+
+
+def _backward_aten(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return _run_backward_aten(gradients(*args, **kwargs))
+
+
+def _run_backward_aten(call: Gradients) -> tuple[Tensor, ...]:
+    with aten.without_autocast(call.do.device.type):
+        grads = aten.backward(call)
     return tuple(
-        q.new_empty(0)
-        if grad is None
-        else aten.dense(grad, q.dtype, orders and orders[i * rank : (i + 1) * rank])
-        for i, grad in enumerate(grads)
+        call.inputs.q.new_empty(0)
+        if grad is None or t is None
+        else aten.dense(grad, t.dtype, call.order(i))
+        for i, (t, grad) in enumerate(zip(call.inputs.tensors, grads, strict=True))
     )
 
 
-def _kernels(tensors: Sequence[Tensor | None], out_dtype: torch.dtype) -> ModuleType | None:
+def _kernels(x: Inputs, out_dtype: torch.dtype) -> ModuleType | None:
     """The Triton implementation if it covers these tensors, else None."""
-    given = [t for t in tensors if t is not None]
-    if given[0].dtype not in _KERNEL_DTYPES or out_dtype not in _KERNEL_DTYPES:
+    if x.q.dtype not in _KERNEL_DTYPES or out_dtype not in _KERNEL_DTYPES:
         return None
-    if any(t.numel() == 0 for t in given):
+    given = [(n, t) for n, t in zip(TENSORS, x.tensors, strict=True) if t is not None]
+    if any(t.numel() == 0 for _, t in given):
         return None
-    for name, t in zip(("q", "k", "v", "q_norm", "k_norm"), tensors, strict=True):
-        if t is not None and t.shape[-1] > MAX_HEAD_DIM:
+    for name, t in given:
+        if name != "key_weight" and t.shape[-1] > MAX_HEAD_DIM:
             raise ValueError(
                 f"bla::linear_attention: argument '{name}' has a head dim of {t.shape[-1]}, "
-                "expected at most "
-                f"{MAX_HEAD_DIM}, the limit of the CUDA kernels. Use more heads, or keep the "
-                "plain formula."
+                f"expected at most {MAX_HEAD_DIM}, the limit of the CUDA kernels. Use more heads, "
+                "or keep the plain formula."
             )
     try:
         from bla_inductor import kernels
@@ -122,89 +73,38 @@ def _kernels(tensors: Sequence[Tensor | None], out_dtype: torch.dtype) -> Module
     return kernels
 
 
-def _forward_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    *,
-    normalizer: str = "none",
-    scale: float = 1.0,
-    norm_scale: float = 1.0,
-    eps: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-    out_order: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
-    dtype = out_dtype or q.dtype
-    tensors = (q, k, v, q_norm, k_norm)
-    kernels = _kernels(tensors, dtype)
+def _forward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = Inputs(*args, **kwargs)
+    check_arguments(x)
+    dtype = x.out_dtype or x.q.dtype
+    kernels = _kernels(x, dtype)
     if kernels is None:
-        return _forward_aten(
-            *tensors,
-            normalizer=normalizer,
-            scale=scale,
-            norm_scale=norm_scale,
-            eps=eps,
-            out_dtype=out_dtype,
-            out_order=out_order,
-        )
-    out = empty_dense(q, [*query_batch(tensors), q.shape[-2], v.shape[-1]], dtype, out_order)
-    state, key_sum = kernels.forward(
-        out, *tensors, key_batch(k, v, k_norm), normalizer, scale, norm_scale, eps, upcast
-    )
+        return _run_aten(x, keep_state=True)  # type: ignore[return-value]
+    sizes = [*query_batch(x.tensors), x.q.shape[-2], x.v.shape[-1]]
+    out = empty_dense(x.q, sizes, dtype, x.out_order)
+    batch = key_batch(x.k, x.v, x.k_norm, x.key_weight)
+    state, key_sum = kernels.forward(out, *x.tensors, batch, x.maps, *x.numbers, x.upcast)
     return out, state, key_sum
 
 
-def _attention_cuda(*args: Tensor | None, **kwargs: object) -> Tensor:
-    return _forward_cuda(*args, **kwargs)[0]  # type: ignore[arg-type]
+def _attention_cuda(*args: Any, **kwargs: Any) -> Tensor:
+    return _forward_cuda(*args, **kwargs)[0]
 
 
-def _backward_cuda(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    state: Tensor,
-    key_sum: Tensor,
-    *,
-    normalizer: str,
-    scale: float,
-    norm_scale: float,
-    eps: float,
-    needs: Sequence[bool],
-    orders: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> tuple[Tensor, ...]:
-    tensors = (q, k, v, q_norm, k_norm)
-    kernels = _kernels(tensors, do.dtype)
+def _backward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    call = gradients(*args, **kwargs)
+    x = call.inputs
+    kernels = _kernels(x, call.do.dtype)
     if kernels is None:
-        return _backward_aten(
-            do,
-            *tensors,
-            state,
-            key_sum,
-            normalizer=normalizer,
-            scale=scale,
-            norm_scale=norm_scale,
-            eps=eps,
-            needs=needs,
-            orders=orders,
-        )
-    rank = q.dim()
+        return _run_backward_aten(call)
     grads = [
-        empty_dense(t, t.shape, t.dtype, orders and orders[i * rank : (i + 1) * rank])
-        if t is not None and needs[i]
-        else None
-        for i, t in enumerate(tensors)
+        empty_dense(t, t.shape, t.dtype, call.order(i)) if t is not None and need else None
+        for i, (t, need) in enumerate(zip(x.tensors, call.needs, strict=True))
     ]
-    numbers = (scale, norm_scale, eps)
-    kernels.backward(grads, do, *tensors, state, key_sum, normalizer, *numbers, upcast)
-    return tuple(q.new_empty(0) if g is None else g for g in grads)
+    kernels.backward(
+        grads, call.do, *x.tensors, call.state, call.key_sum, x.maps, *x.numbers, x.upcast
+    )
+    return tuple(x.q.new_empty(0) if g is None else g for g in grads)
 
 
 def gradient_orders(tensors: Sequence[Tensor | None]) -> list[int]:

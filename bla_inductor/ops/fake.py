@@ -2,7 +2,7 @@
 guards.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,79 +10,38 @@ from torch import Tensor
 from bla_inductor.ops.aten import accumulation_dtype
 from bla_inductor.ops.checks import check_arguments
 from bla_inductor.ops.layout import empty_dense, key_batch, query_batch
-from bla_inductor.ops.schema import lib
+from bla_inductor.ops.schema import Inputs, gradients, lib
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    *,
-    normalizer: str = "none",
-    scale: float = 1.0,
-    norm_scale: float = 1.0,
-    eps: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-    out_order: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> Tensor:
-    check_arguments(q, k, v, q_norm, k_norm, normalizer, out_dtype, out_order)
-    sizes = [*query_batch((q, k, v, q_norm, k_norm)), q.shape[-2], v.shape[-1]]
-    return empty_dense(q, sizes, out_dtype or q.dtype, out_order)
+def _out(x: Inputs) -> Tensor:
+    check_arguments(x)
+    sizes = [*query_batch(x.tensors), x.q.shape[-2], x.v.shape[-1]]
+    return empty_dense(x.q, sizes, x.out_dtype or x.q.dtype, x.out_order)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    *,
-    normalizer: str = "none",
-    scale: float = 1.0,
-    norm_scale: float = 1.0,
-    eps: float = 0.0,
-    out_dtype: torch.dtype | None = None,
-    out_order: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    out = _attention(
-        q, k, v, q_norm, k_norm, normalizer=normalizer, out_dtype=out_dtype, out_order=out_order
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    return _out(Inputs(*args, **kwargs))
+
+
+def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = Inputs(*args, **kwargs)
+    batch = key_batch(x.k, x.v, x.k_norm, x.key_weight)
+    acc = accumulation_dtype(x.q.dtype)
+    key_sum = [*batch, x.key_norm.shape[-1]] if x.normalized else [0]
+    return (
+        _out(x),
+        empty_dense(x.q, [*batch, x.k.shape[-1], x.v.shape[-1]], acc, None),
+        empty_dense(x.q, key_sum, acc, None),
     )
-    batch = key_batch(k, v, k_norm)
-    acc = accumulation_dtype(q.dtype)
-    state = empty_dense(q, [*batch, k.shape[-1], v.shape[-1]], acc, None)
-    features = (k if k_norm is None else k_norm).shape[-1]
-    key_sum = empty_dense(q, [0] if normalizer == "none" else [*batch, features], acc, None)
-    return out, state, key_sum
 
 
-def _backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    state: Tensor,
-    key_sum: Tensor,
-    *,
-    normalizer: str,
-    scale: float,
-    norm_scale: float,
-    eps: float,
-    needs: Sequence[bool],
-    orders: Sequence[int] | None = None,
-    upcast: bool = False,
-) -> tuple[Tensor, ...]:
-    rank = q.dim()
+def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    call = gradients(*args, **kwargs)
     return tuple(
-        empty_dense(t, t.shape, t.dtype, orders and orders[i * rank : (i + 1) * rank])
-        if t is not None and needs[i]
-        else q.new_empty(0)
-        for i, t in enumerate((q, k, v, q_norm, k_norm))
+        empty_dense(t, t.shape, t.dtype, call.order(i))
+        if t is not None and need
+        else call.inputs.q.new_empty(0)
+        for i, (t, need) in enumerate(zip(call.inputs.tensors, call.needs, strict=True))
     )
 
 

@@ -40,13 +40,16 @@ def forward_flops(
     v: Shape,
     q_norm: Shape | None = None,
     k_norm: Shape | None = None,
+    key_weight: Shape | None = None,
     *,
     normalizer: str = "none",
     **_: Any,
 ) -> int:
     """Products with (N + M)·D·Dv a head, and N·D' for z."""
-    queries = prod(broadcast(s[:-2] for s in (q, k, v, q_norm, k_norm) if s is not None)) * q[-2]
-    keys = prod(broadcast(s[:-2] for s in (k, v) if s is not None)) * k[-2]
+    weights = () if key_weight is None else (key_weight[:-1],)
+    norms = (s[:-2] for s in (q_norm, k_norm) if s is not None)
+    queries = prod(broadcast((q[:-2], k[:-2], v[:-2], *norms, *weights))) * q[-2]
+    keys = prod(broadcast((k[:-2], v[:-2], *weights))) * k[-2]
     flops = 2 * (queries + keys) * k[-1] * v[-1]
     if normalizer != "none":
         flops += 2 * queries * (k if k_norm is None else k_norm)[-1]
@@ -60,19 +63,22 @@ def backward_flops(
     v: Shape,
     q_norm: Shape | None,
     k_norm: Shape | None,
+    key_weight: Shape | None,
     state: Shape,
     key_sum: Shape,
     *,
-    normalizer: str,
+    normalizer: str = "none",
     needs: Sequence[bool],
     **_: Any,
 ) -> int:
-    """N·D·Dv for t and for dstate, M·D·Dv for dk and for dv, each if needed."""
+    """N·D·Dv for t and for dstate, M·D·Dv for v·dstateᵀ and for dv, each if needed."""
+    weights = () if key_weight is None else (key_weight[:-1],)
     queries = prod(do[:-1])
-    keys = prod(broadcast(s[:-2] for s in (k, v))) * k[-2]
-    needs_t = needs[0] or (normalizer != "none" and (needs[1] or needs[3] or needs[4]))
-    needs_dstate = needs[1] or needs[2]
-    flops = 2 * k[-1] * v[-1] * ((needs_t + needs_dstate) * queries + (needs[1] + needs[2]) * keys)
+    keys = prod(broadcast((k[:-2], v[:-2], *weights))) * k[-2]
+    needs_t = needs[0] or (normalizer != "none" and any((needs[1], *needs[3:])))
+    needs_u = needs[1] or needs[5]
+    needs_dstate = needs_u or needs[2]
+    flops = 2 * k[-1] * v[-1] * ((needs_t + needs_dstate) * queries + (needs_u + needs[2]) * keys)
     if normalizer != "none":
         flops += 2 * queries * key_sum[-1]
     return flops

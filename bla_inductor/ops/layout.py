@@ -23,13 +23,21 @@ def broadcast(shapes: Iterable[Sequence[int]]) -> list[int]:
 
 
 def query_batch(tensors: Sequence[Tensor | None]) -> list[int]:
-    """The batch shape of the result, from (q, k, v, q_norm, k_norm)."""
-    return broadcast(t.shape[:-2] for t in tensors if t is not None)
+    """The batch shape of the result, from (q, k, v, q_norm, k_norm, key_weight)."""
+    *matrices, weight = tensors
+    return _batch(matrices, weight)
 
 
-def key_batch(k: Tensor, v: Tensor, k_norm: Tensor | None) -> list[int]:
+def key_batch(
+    k: Tensor, v: Tensor, k_norm: Tensor | None = None, key_weight: Tensor | None = None
+) -> list[int]:
     """The batch shape of the state and of the key sum."""
-    return broadcast(t.shape[:-2] for t in (k, v, k_norm) if t is not None)
+    return _batch((k, v, k_norm), key_weight)
+
+
+def _batch(matrices: Sequence[Tensor | None], weight: Tensor | None) -> list[int]:
+    shapes = [t.shape[:-2] for t in matrices if t is not None]
+    return broadcast(shapes if weight is None else [*shapes, weight.shape[:-1]])
 
 
 def empty_dense(

@@ -47,7 +47,7 @@ def _attention(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Tens
 def _forward(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
     tensors, kwargs = _forward_inputs(in_dims, args, kwargs)
     out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
-    key_dims = [d for i, d in enumerate(in_dims[:5]) if i in (1, 2, 4)]
+    key_dims = [d for i, d in enumerate(in_dims) if i in (1, 2, 4, 5)]
     mapped = any(d is not None for d in key_dims)
     empty = kwargs.get("normalizer", "none") == "none"
     if not mapped:
@@ -61,9 +61,9 @@ def _backward(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Any, 
     would be summed.
     """
     front = [_front(t, d) for t, d in zip(args, in_dims, strict=True)]
-    empty = kwargs["normalizer"] == "none"
+    empty = kwargs.get("normalizer", "none") == "none"
     full = [
-        args[i] if empty and i == 7 else t if t is None else t.expand(info.batch_size, *t.shape[1:])
+        args[i] if empty and i == 8 else t if t is None else t.expand(info.batch_size, *t.shape[1:])
         for i, t in enumerate(front)
     ]
     assert full[1] is not None
@@ -71,7 +71,7 @@ def _backward(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> tuple[Any, 
     grads = linear_attention_backward(*full, **{**kwargs, "orders": orders})
     dims = tuple(
         0 if need and t is not None else None
-        for need, t in zip(kwargs["needs"], full[1:6], strict=True)
+        for need, t in zip(kwargs["needs"], full[1:7], strict=True)
     )
     return grads, dims
 

@@ -25,8 +25,13 @@ from linear_attention_formula import (
 )
 
 pytestmark = pytest.mark.gpu
+ELU1 = "Piecewise((x + 1, x > 0), (exp(x), True))"
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 PAIRS = [(bf16, None), (bf16, fp32), (fp16, None), (fp16, fp32), (fp32, None)]
+
+
+def _signed(*shape, dtype, device):
+    return heads_inside(*shape, dtype=dtype, device=device, signed=True)
 
 
 def _inputs(make, d, dv, dtype, n=1000, m=777, b=2, h=3):
@@ -42,6 +47,36 @@ def test_error_is_that_of_the_naive_graph(d, dtype, out_dtype):
     assert_within_budget(
         (q, k, v), do.to(out_dtype or dtype), normalizer="add", eps=1e-6, out_dtype=out_dtype
     )
+
+
+@pytest.mark.parametrize("d", [8, 32, 40, 64, 72, 80, 96, 112, 128, 160, 256])
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
+@pytest.mark.parametrize("n", [130, 5000])
+def test_feature_maps_inside(d, dtype, n):
+    q, k, v, do = _inputs(_signed, d, d, dtype, n=n, m=n - 23)
+    maps = {"q_map": ELU1, "k_map": ELU1}
+    assert_within_budget((q, k, v), do.to(dtype), normalizer="add", eps=1e-6, **maps)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128, 160])
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
+@pytest.mark.parametrize("kind", ["mask", "float"])
+@pytest.mark.parametrize("n", [130, 5000])
+def test_key_weights_inside(d, dtype, kind, n):
+    q, k, v, do = _inputs(_signed, d, d, dtype, n=n, m=n - 23)
+    weight = torch.rand(2, 3, n - 23, device="cuda")
+    weight = weight > 0.3 if kind == "mask" else weight.to(dtype)
+    maps = {"q_map": ELU1, "k_map": ELU1}
+    tensors = (q, k, v, None, None, weight)
+    assert_within_budget(tensors, do.to(dtype), normalizer="add", eps=1e-6, **maps)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32])
+@pytest.mark.parametrize("size", [1e-3, 30.0])
+def test_large_activations_and_tiny_normalisers(dtype, size):
+    q, k, v, do = _inputs(heads_inside, 64, 64, dtype, n=3000, m=3000)
+    tensors = (q * size, k * size, v * size)
+    assert_within_budget(tensors, do.to(dtype), normalizer="add", eps=1e-15)
 
 
 @pytest.mark.parametrize(("d", "dv"), [(32, 128), (128, 32), (16, 256), (256, 16), (40, 72)])
@@ -184,13 +219,13 @@ def test_tensors_beyond_int32_offsets(make):
     expected = operator(ends, ends, ends, normalizer="add", eps=1.0)
     assert relative_error(out[..., -4096:, :], expected[..., -4096:, :].double()) < 4e-3
     assert out[..., 4096:-4096, :].count_nonzero() == 0
-    needs = [True] * 5
+    needs = [True] * 3 + [False] * 3
     grads = torch.ops.bla.linear_attention_backward(
-        q, q, q, q, None, None, state, key_sum,
+        q, q, q, q, None, None, None, state, key_sum,
         normalizer="add", scale=1.0, norm_scale=1.0, eps=1.0, needs=needs,
     )  # fmt: skip
     small = torch.ops.bla.linear_attention_backward(
-        ends, ends, ends, ends, None, None, state, key_sum,
+        ends, ends, ends, ends, None, None, None, state, key_sum,
         normalizer="add", scale=1.0, norm_scale=1.0, eps=1.0, needs=needs,
     )  # fmt: skip
     for grad, exact in zip(grads[:3], small, strict=False):
@@ -276,3 +311,22 @@ def test_second_derivative():
 
     for ours, exact in zip(penalty(operator), penalty(plain), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [49, 196, 512])
+@pytest.mark.parametrize("d", [24, 64, 72])
+@pytest.mark.parametrize("layout", ["rows", "columns", "offset"])
+def test_tensors_that_are_read_element_by_element(n, d, layout):
+    """Strides and addresses that allow no wide reads: copied, or read wrongly by Triton 3.6."""
+
+    shapes = {"rows": (2, n, 3, d), "columns": (2, 3, d, n), "offset": (2, 3, n, d + 5)}
+
+    def make(signed=False):
+        x = torch.randn(shapes[layout], device="cuda")
+        x = (x if signed else x.abs() + 0.1).to(bf16)
+        if layout == "rows":
+            return x.transpose(1, 2)
+        return x.mT if layout == "columns" else x[..., 3 : d + 3]
+
+    tensors = make(), make(), make(signed=True)
+    assert_within_budget(tensors, make(signed=True), normalizer="add", eps=1e-3)

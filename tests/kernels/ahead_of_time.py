@@ -3,6 +3,7 @@ then run Triton and ptxas on exactly those arguments. The recorded launches carr
 heuristics' block sizes and warps.
 """
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -12,25 +13,38 @@ from typing import Any
 
 import torch
 import triton
-from bla_inductor.kernels import launch
+from bla_inductor.kernels import heuristics, launch_backward, launch_forward, launching
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNELS = (
-    "state_kernel",
-    "sum_splits",
-    "output_kernel",
-    "query_pass_kernel",
-    "key_pass_kernel",
-    "wide_query_kernel",
-)
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Phi:
+    """One of the functions of a feature map."""
+
+    text: str
+    dtype: torch.dtype
+    which: str
+
+    def function(self) -> Any:
+        return getattr(launching.feature_map(self.text, self.dtype), self.which)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, Triton's signature, and what is constant."""
+    """One launch: the kernel's module and name, Triton's signature, and what is constant. It can be
+    sent to another process, which Triton's functions cannot.
+    """
 
+    module: str
     name: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -48,66 +62,68 @@ class Resources:
     shared: int
 
 
-class _Recorder:
-    def __init__(self, name: str, launches: list[Launch]) -> None:
-        self.name, self.launches = name, launches
-        self.function = getattr(launch, name)
-
-    def __getitem__(self, grid: Any) -> Any:
-        def record(*args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
-            names = self.function.arg_names
-            signature: dict[str, str] = {}
-            divisible = []
-            for name, value in zip(names, args, strict=False):
-                if isinstance(value, torch.Tensor):
-                    signature[name] = _POINTERS[value.dtype]
-                    divisible.append(name)
-                elif isinstance(value, float):
-                    signature[name] = "fp32"
-                elif value == 1:
-                    constants[name] = 1
-                else:
-                    signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                    if value % 16 == 0:
-                        divisible.append(name)
-            signature.update(dict.fromkeys(constants, "constexpr"))
-            ordered = tuple((n, signature[n]) for n in names)
-            self.launches.append(
-                Launch(
-                    self.name,
-                    ordered,
-                    tuple(constants.items()),
-                    tuple(divisible),
-                    num_warps,
-                    num_stages,
-                )
-            )
-
-        return record
+def _recorded(kernel: Any, args: tuple[Any, ...], tile: Any, pdl: bool, constants: dict) -> Launch:
+    names = kernel.arg_names
+    plain = {p.name for p in kernel.params if p.do_not_specialize}
+    if pdl:
+        constants["PDL"] = heuristics.overlaps_launches(args[0].device)
+    signature: dict[str, str] = {}
+    divisible = []
+    for name, value in zip(names, args, strict=False):
+        if isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            divisible.append(name)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and name not in plain:
+            constants[name] = 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and name not in plain:
+                divisible.append(name)
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    return Launch(
+        kernel.__module__,
+        kernel.__name__,
+        tuple((n, signature[n]) for n in names),
+        tuple(constants.items()),
+        tuple(divisible),
+        tile.num_warps,
+        tile.num_stages,
+    )
 
 
 def record(call: Any) -> list[Launch]:
     """The distinct launches that `call()` makes; none of them runs."""
     launches: list[Launch] = []
-    originals = {name: getattr(launch, name) for name in KERNELS}
+    original = launching.run
+    feature_map = launching.feature_map
+
+    def named(text, dtype):
+        return launching.Map(text, Phi(text, dtype, "forward"), Phi(text, dtype, "gradient"))
+
+    def run(kernel, programs, *args, tile, pdl=False, **constants):
+        launches.append(_recorded(kernel, args, tile, pdl, constants))
+
+    launching.run = run
+    launch_forward.feature_map = launch_backward.feature_map = named
     try:
-        for name in KERNELS:
-            setattr(launch, name, _Recorder(name, launches))
         call()
     finally:
-        for name, original in originals.items():
-            setattr(launch, name, original)
+        launching.run = original
+        launch_forward.feature_map = launch_backward.feature_map = feature_map
     return list(dict.fromkeys(launches))
 
 
 def compile_for(item: Launch, capability: int) -> Resources:
     """Registers, spills and shared memory of one launch on sm_<capability>."""
-    function = getattr(launch, item.name)
-    names = function.arg_names
+    kernel = getattr(importlib.import_module(item.module), item.name)
+    names = kernel.arg_names
+    constants = {k: v.function() if isinstance(v, Phi) else v for k, v in item.constants}
     source = ASTSource(
-        fn=function,
+        fn=kernel,
         signature=dict(item.signature),
-        constexprs=dict(item.constants),
+        constexprs=constants,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in item.divisible},
     )
     compiled = triton.compile(

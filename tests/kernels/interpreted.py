@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from bla_inductor.kernels import heuristics
+from bla_inductor.kernels import heuristics, launching
 from linear_attention_formula import (
     FACTOR,
     NAMES,
@@ -20,7 +20,6 @@ from linear_attention_formula import (
     median_normaliser,
     plain,
     relative_error,
-    results,
     tokens_last,
 )
 
@@ -34,34 +33,75 @@ fp16, fp32 = torch.float16, torch.float32
 def _poisoned(monkeypatch):
     """Every buffer starts as NaN, so that an element nobody wrote is seen."""
     empty, new_empty = torch.empty, torch.Tensor.new_empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(float("nan"))
-    )
+
+    def poisoned(t):
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
 
 
-def check(tensors, do, needs=(True,) * 5, normalizer="add", scale=0.7, norm_scale=0.3, eps=0.125):
+ELU1 = "Piecewise((x + 1, x > 0), (exp(x), True))"
+FUNCTIONS = {
+    "": lambda x: x,
+    ELU1: lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),
+    "softmax": lambda x: x.softmax(-1),
+    "1/x": lambda x: 1 / x,
+}
+
+
+def with_maps(maps):
+    """`plain` of the mapped and weighted inputs."""
+
+    def function(q, k, v, q_norm=None, k_norm=None, key_weight=None, **keywords):
+        if key_weight is not None:
+            key_weight = key_weight.unsqueeze(-1)
+        q, k, q_norm, k_norm = (
+            t if t is None else FUNCTIONS[text](t)
+            for t, text in zip((q, k, q_norm, k_norm), maps, strict=True)
+        )
+        if key_weight is not None:
+            k = k * key_weight
+            k_norm = None if k_norm is None else k_norm * key_weight
+        return plain(q, k, v, q_norm, k_norm, **keywords)
+
+    return function
+
+
+def check(
+    tensors,
+    do,
+    needs=(True,) * 6,
+    normalizer="add",
+    scale=0.7,
+    norm_scale=0.3,
+    eps=0.125,
+    maps=("",) * 4,
+):
     """Forward and backward of the kernels within the naive graph's error; returns what they
     wrote.
     """
-    tensors = (*tensors, *(None,) * (5 - len(tensors)))
-    q, k, v, _, k_norm = tensors
-    numbers = (normalizer, scale, norm_scale, eps)
+    tensors = (*tensors, *(None,) * (6 - len(tensors)))
+    q, k, v, _, k_norm, weight = tensors
+    numbers = (maps, normalizer, scale, norm_scale, eps)
     out = torch.full_like(do, float("nan"))
-    state, key_sum = kernels.forward(out, *tensors, key_batch(k, v, k_norm), *numbers)
+    state, key_sum = kernels.forward(out, *tensors, key_batch(k, v, k_norm, weight), *numbers)
+    differentiable = [t is not None and t.is_floating_point() for t in tensors]
     grads = [
-        torch.full_like(t, float("nan")) if t is not None and need else None
-        for t, need in zip(tensors, needs, strict=True)
+        torch.full_like(t, float("nan")) if given and need else None
+        for t, given, need in zip(tensors, differentiable, needs, strict=True)
     ]
     kernels.backward(grads, do, *tensors, state, key_sum, *numbers)
-    ours = {"out": out, **{n: g for n, g in zip(NAMES, grads, strict=True) if g is not None}}
+    names = (*NAMES[:5], "dkey_weight")
+    ours = {"out": out, **{n: g for n, g in zip(names, grads, strict=True) if g is not None}}
     keywords = {"normalizer": normalizer, "scale": scale}
     if normalizer != "none":
         keywords |= {"norm_scale": norm_scale, "eps": eps}
-    wide = [None if t is None else t.double() for t in tensors]
-    exact = results(plain, wide, do.double(), **keywords)
+    wide = [t.double() if given else t for t, given in zip(tensors, differentiable, strict=True)]
+    function = with_maps(maps)
+    exact = gradients(function, wide, do.double(), names, **keywords)
     upcast = {} if do.dtype == q.dtype else {"out_dtype": do.dtype}
-    naive = results(plain, tensors, do, **keywords, **upcast)
+    naive = gradients(function, tensors, do, names, **keywords, **upcast)
     for name, value in ours.items():
         rounded = relative_error(exact[name].to(value.dtype), exact[name])
         # The interpreter sums one block of rows after the other, a CPU in a tree: up to twice the
@@ -73,10 +113,107 @@ def check(tensors, do, needs=(True,) * 5, normalizer="add", scale=0.7, norm_scal
     return ours
 
 
+def signed(*shape, dtype):
+    return heads_inside(*shape, dtype=dtype, signed=True)
+
+
+def weights(m):
+    return torch.rand(1, 2, m).half() + 0.5
+
+
+def gradients(function, tensors, do, names, **keywords):
+    """The output and the gradient of every given floating tensor, by name."""
+    leaves = [
+        t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in tensors
+    ]
+    out = function(*leaves, **keywords)
+    given = [
+        (n, t) for n, t in zip(names, leaves, strict=True) if t is not None and t.requires_grad
+    ]
+    grads = torch.autograd.grad(out, [t for _, t in given], do.to(out.dtype))
+    return {"out": out.detach(), **{n: g for (n, _), g in zip(given, grads, strict=True)}}
+
+
 def inputs(n, m, d, dv, dtype, make=heads_inside, h=2):
     q, k = make(1, h, n, d, dtype=dtype), make(1, h, m, d, dtype=dtype)
     v = torch.randn(1, h, m, dv).to(dtype)
     return (q, k, v), torch.randn(1, h, n, dv).to(dtype)
+
+
+def in_several_launches(monkeypatch):
+    for name in ("short_forward_parts", "short_backward_parts"):
+        monkeypatch.setattr(heuristics, name, lambda *_: 0)
+
+
+@pytest.mark.parametrize("launches", ["one", "several"])
+@pytest.mark.parametrize("weight", [None, torch.bool, fp16])
+@pytest.mark.parametrize("maps", [(ELU1, ELU1), ("softmax", ELU1)])
+@pytest.mark.parametrize("d", [16, 24])
+def test_maps_and_weights(d, maps, weight, launches, monkeypatch):
+    if launches == "several":
+        in_several_launches(monkeypatch)
+    tensors, do = inputs(70, 85, d, 24, fp16, signed)
+    weight = weight and (torch.rand(1, 2, 85) > 0.3 if weight == torch.bool else weights(85))
+    check((*tensors, None, None, weight), do, maps=(*maps, "", ""))
+
+
+@pytest.mark.parametrize("weight", [None, torch.bool, fp32])
+@pytest.mark.parametrize("d", [24, 136])
+def test_maps_and_weights_of_a_decoupled_normaliser(d, weight):
+    tensors, do = inputs(40, 85, d, 24, fp32, signed)
+    norms = (signed(1, 2, 40, 20, dtype=fp32), signed(1, 2, 85, 20, dtype=fp32))
+    weight = weight and (
+        torch.rand(1, 2, 85) > 0.3 if weight == torch.bool else weights(85).float()
+    )
+    check((*tensors, *norms, weight), do, maps=(ELU1, "softmax", "softmax", ELU1))
+
+
+@pytest.mark.parametrize("needed", [(1,), (2,), (5,)])
+def test_a_weight_that_is_broadcast(needed):
+    tensors, do = inputs(40, 85, 24, 24, fp16, signed)
+    weight = weights(85)[:, :1]
+    needs = [i in needed for i in range(6)]
+    check((*tensors, None, None, weight), do, needs, maps=(ELU1, ELU1, "", ""))
+
+
+def test_masked_keys_are_not_read():
+    (q, k, v), do = inputs(40, 85, 24, 24, fp32, signed)
+    weight = torch.rand(1, 2, 85) > 0.5
+    expected = check((q, k, v, None, None, weight), do, maps=(ELU1, ELU1, "", ""))
+    poison = weight.unsqueeze(-1).expand(k.shape)
+    k, v = (torch.where(poison, t, float("nan")) for t in (k, v))
+    out = torch.empty_like(do)
+    numbers = ("add", 0.7, 0.3, 0.125)
+    maps = (ELU1, ELU1, "", "")
+    tensors = (q, k, v, None, None, weight)
+    state, key_sum = kernels.forward(out, *tensors, key_batch(k, v, None, weight), maps, *numbers)
+    assert torch.equal(out, expected["out"])
+    grads = [torch.empty_like(t) for t in (q, k, v)] + [None] * 3
+    kernels.backward(grads, do, *tensors, state, key_sum, maps, *numbers)
+    for name, grad in zip(NAMES, grads[:3], strict=False):
+        assert torch.equal(grad, expected[name])
+
+
+@pytest.mark.parametrize("d", [16, 24])
+def test_a_map_that_is_not_finite_at_zero(d):
+    """Rows and columns beyond the last are zeros when φ meets them."""
+    (q, k, v), do = inputs(40, 45, d, 24, fp32, signed)
+    check((q.abs() + 1, k.abs() + 1, v), do, maps=("1/x", "1/x", "", ""))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_one_launch_gives_what_several_give(parts, monkeypatch):
+    for name in ("short_forward_parts", "short_backward_parts"):
+        monkeypatch.setattr(heuristics, name, lambda *_: parts)
+    seen = []
+    original = launching.run
+    monkeypatch.setattr(
+        launching, "run", lambda k, *a, **c: (seen.append(k.fn.__name__), original(k, *a, **c))
+    )
+    tensors, do = inputs(200, 140, 24, 24, fp16, signed)
+    check(tensors, do, maps=(ELU1, ELU1, "", ""))
+    assert seen == ["short_forward_kernel", "short_backward_kernel"]
 
 
 @pytest.mark.parametrize("normalizer", ["none", "add", "clamp"])
@@ -122,6 +259,7 @@ def test_splits_of_the_sequence(d, normalizer, monkeypatch):
         return each, -(-rows // each)
 
     monkeypatch.setattr(heuristics, "divide_rows", split_in_three)
+    in_several_launches(monkeypatch)
     tensors, do = inputs(200, 180, d, 24, fp16)
     check(tensors, do, normalizer=normalizer)
     assert max(seen) == 3
@@ -158,7 +296,7 @@ def test_only_the_gradients_that_are_needed(d, unfused, needed, monkeypatch):
         monkeypatch.setattr(heuristics, "fused_query_pass", lambda *_: False)
     tensors, do = inputs(40, 70, d, 16, fp16)
     tensors += tuple(heads_inside(1, 2, s, 20, dtype=fp16) for s in (40, 70))
-    check(tensors, do, needs=[i in needed for i in range(5)])
+    check(tensors, do, needs=[i in needed for i in range(6)])
 
 
 def test_clamped_rows_of_wide_heads():
@@ -167,9 +305,9 @@ def test_clamped_rows_of_wide_heads():
 
 
 def test_offsets_in_int64(monkeypatch):
-    from bla_inductor.kernels import launch
+    from bla_inductor.kernels.batch import Batch
 
-    monkeypatch.setattr(launch, "_big", lambda *_: True)
+    monkeypatch.setattr(Batch, "big", lambda *_: True)
     for d in (16, 136):
         tensors, do = inputs(70, 45, d, 24, fp32)
         tensors += tuple(heads_inside(1, 2, s, 20, dtype=fp32) for s in (70, 45))
@@ -184,6 +322,6 @@ def test_fp16_state_does_not_overflow():
         do,
         scale=1.0,
         norm_scale=1.0,
-        needs=[False, True, True, False, False],
+        needs=[False, True, True, False, False, False],
     )
     assert all(value.isfinite().all() for value in ours.values())

@@ -21,6 +21,8 @@ from bla_inductor.ops.layout import key_batch
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 # The largest shared memory a block may ask for; sm_86 and sm_89 run what sm_80 does with less.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ELU1 = "Piecewise((x + 1, x > 0), (exp(x), True))"
+RELU = "Piecewise((x, x > 0), (0, True))"
 POINTS = [
     (32, bf16, fp32),
     (64, bf16, bf16),
@@ -35,20 +37,20 @@ POINTS = [
 ]
 
 
-def _launches(d, dtype, out_dtype, capability, decoupled=False, upcast=False):
+def _launches(d, dtype, out_dtype, capability, decoupled=False, upcast=False, phi=ELU1, n=4096):
     def make(features, dtype=dtype):
-        return torch.empty(8, 4096, 16, features, dtype=dtype, device="meta").transpose(1, 2)
+        return torch.empty(8, n, 16, features, dtype=dtype, device="meta").transpose(1, 2)
 
     def call():
         q, k, v, out = make(d), make(d), make(d), make(d, out_dtype)
         norms = (make(d), make(d)) if decoupled else (None, None)
-        numbers = ("add", 0.5, 0.5, 0.5)
+        numbers = ((phi, phi, phi, phi), "add", 0.5, 0.5, 0.5)
         state, key_sum = kernels.forward(
-            out, q, k, v, *norms, key_batch(k, v, None), *numbers, upcast
+            out, q, k, v, *norms, None, key_batch(k, v), *numbers, upcast
         )
-        grads = [None if t is None else torch.empty_like(t) for t in (q, k, v, *norms)]
+        grads = [None if t is None else torch.empty_like(t) for t in (q, k, v, *norms, None)]
         do = torch.empty_like(out)
-        kernels.backward(grads, do, q, k, v, *norms, state, key_sum, *numbers, upcast)
+        kernels.backward(grads, do, q, k, v, *norms, None, state, key_sum, *numbers, upcast)
 
     original = heuristics.capability
     heuristics.capability = lambda device: capability // 10
@@ -83,7 +85,8 @@ def _check(pool, jobs):
 def test_no_spills(d, dtype, out_dtype, capability, pool):
     if capability != 90 and (d, dtype) not in ((64, bf16), (128, bf16), (128, fp16)):
         pytest.skip("the grid is thinned: sm_90 has all head dims")
-    launches = _launches(d, dtype, out_dtype, capability)
+    phi = ELU1 if dtype == out_dtype else RELU  # the user's upcast comes with maps exact in 16 bits
+    launches = _launches(d, dtype, out_dtype, capability, phi=phi)
     assert {"state_kernel", "output_kernel"} <= {item.name for item in launches}
     _check(pool, [(item, capability) for item in launches])
 
@@ -96,20 +99,29 @@ def test_no_spills_decoupled(pool):
 @pytest.mark.parametrize("d", [32, 128])
 def test_no_spills_upcast(d, dtype, pool):
     """The user's fp32 contraction of 16-bit tensors, which keeps the state unrounded."""
-    _check(pool, [(item, 90) for item in _launches(d, dtype, dtype, 90, upcast=True)])
+    _check(pool, [(item, 90) for item in _launches(d, dtype, dtype, 90, upcast=True, phi=RELU)])
+
+
+@pytest.mark.parametrize(("d", "dtype", "out_dtype"), [(64, bf16, bf16), (32, bf16, fp32)])
+def test_no_spills_in_one_launch(d, dtype, out_dtype, pool):
+    for n in (256, 1024):
+        phi = ELU1 if dtype == out_dtype else RELU
+        launches = _launches(d, dtype, out_dtype, 90, phi=phi, n=n)
+        assert any(item.name.startswith("short") for item in launches)
+        _check(pool, [(item, 90) for item in launches])
 
 
 def test_lengths_are_not_specialised():
     """Another length may differ in its divisibility by 16, and in nothing else that Triton compiles
-    for.
+    for: a new one is neither tuned nor compiled again.
     """
-    q = torch.empty(2, 3, 1, 64, dtype=bf16, device="meta")
     seen = set()
-    for n in (4096, 8192, 12288):
-        x = q.expand(2, 3, n, 64)
-
-        def call(x=x):
-            kernels.forward(torch.empty_like(x), x, x, x, None, None, (2, 3), "add", 1.0, 1.0, 0.0)
-
-        seen.update(item for item in ahead_of_time.record(call) if item.name == "state_kernel")
-    assert len(seen) == 1
+    for n in (4096, 8192, 12288, 65536):
+        seen.update(_launches(64, bf16, bf16, 90, n=n))
+    assert sorted(item.name for item in seen) == [
+        "key_pass_kernel",
+        "output_kernel",
+        "query_pass_kernel",
+        "state_kernel",
+        "sum_splits",
+    ]

@@ -14,11 +14,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from feature_map_table import PHI
 from torch import Tensor
 
 import bla_inductor.ops  # noqa: F401  (registers the operator)
 
-NAMES = ("dq", "dk", "dv", "dq_norm", "dk_norm")
+NAMES = ("dq", "dk", "dv", "dq_norm", "dk_norm", "dkey_weight")
+MAPS = ("q_map", "k_map", "q_norm_map", "k_norm_map")
+_FUNCTIONS = {"": lambda x: x, **dict(PHI.values())}
 FACTOR = {torch.bfloat16: 1.1, torch.float16: 1.1, torch.float32: 1.5}
 
 
@@ -28,6 +31,7 @@ def plain(
     v: Tensor,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
+    key_weight: Tensor | None = None,
     *,
     normalizer: str = "none",
     scale: float = 1.0,
@@ -35,14 +39,22 @@ def plain(
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     out_order: Sequence[int] | None = None,
+    **maps: str,
 ) -> Tensor:
-    """scale · q (kᵀ v) / guard(norm_scale · q' Σk'), in the inputs' dtype, or in `out_dtype` after
-    an upcast.
+    """scale · φ(q) (w φ(k)ᵀ v) / guard(norm_scale · φ(q') Σ w φ(k')), in the inputs' dtype, or in
+    `out_dtype` after an upcast. The maps are those of the table, by their text.
     """
     if out_dtype is not None:
         q, k, v = q.to(out_dtype), k.to(out_dtype), v.to(out_dtype)
         q_norm = None if q_norm is None else q_norm.to(out_dtype)
         k_norm = None if k_norm is None else k_norm.to(out_dtype)
+    q, k, q_norm, k_norm = (
+        None if t is None else _FUNCTIONS[maps.get(name, "")](t)
+        for name, t in zip(MAPS, (q, k, q_norm, k_norm), strict=True)
+    )
+    if key_weight is not None:
+        k = k * key_weight.unsqueeze(-1)
+        k_norm = None if k_norm is None else k_norm * key_weight.unsqueeze(-1)
     out = q @ (k.transpose(-1, -2) @ v)
     if scale != 1.0:
         out = out * scale
@@ -60,10 +72,17 @@ def operator(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def results(function: Any, tensors: Sequence[Tensor | None], do: Tensor, **kwargs: Any) -> dict:
-    """The output and the gradient of every given tensor, by name."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    """The output and the gradient of every given floating-point tensor, by name."""
+    leaves = [
+        t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in tensors
+    ]
     out = function(*leaves, **kwargs)
-    given = [(n, t) for n, t in zip(NAMES, leaves, strict=False) if t is not None]
+    given = [
+        (n, t)
+        for n, t in zip(NAMES, leaves, strict=False)
+        if t is not None and t.is_floating_point()
+    ]
     grads = torch.autograd.grad(out, [t for _, t in given], do.to(out.dtype))
     return {"out": out.detach(), **{n: g for (n, _), g in zip(given, grads, strict=True)}}
 
@@ -79,7 +98,7 @@ def assert_within_budget(tensors: Sequence[Tensor | None], do: Tensor, **kwargs:
     error.
     """
     ours = results(operator, tensors, do, **kwargs)
-    wide = [None if t is None else t.double() for t in tensors]
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
     oracle = results(plain, wide, do.double(), **{**kwargs, "out_dtype": None})
     naive = results(plain, tensors, do, **kwargs)
     for name, exact in oracle.items():

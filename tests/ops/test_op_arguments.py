@@ -96,8 +96,8 @@ def test_symbolic_sizes_install_no_guards():
     out = operator(q, k, v, normalizer="add", eps=0.5, out_order=[0, 2, 1, 3])
     with torch.no_grad():
         torch.ops.bla.linear_attention_backward(
-            out, q, k, v, None, None, out, out,
-            normalizer="add", scale=1.0, norm_scale=1.0, eps=0.5, needs=[True] * 5,
+            out, q, k, v, None, None, None, out, out,
+            normalizer="add", scale=1.0, norm_scale=1.0, eps=0.5, needs=[True] * 6,
             orders=gradient_orders((q, k, v, None, None)),
         )  # fmt: skip
     assert [str(g.expr) for g in env.guards[before:]] == []

@@ -34,8 +34,8 @@ def test_opcheck(normalizer, decoupled):
     norms = (q_norm, k_norm) if decoupled else (None, None)
     opcheck(
         torch.ops.bla.linear_attention_backward.default,
-        (torch.ones_like(out), q, k, v, *norms, state, key_sum),
-        {**arguments, "needs": [True] * 5, "orders": [0, 2, 1, 3] * 5},
+        (torch.ones_like(out), q, k, v, *norms, None, state, key_sum),
+        {**arguments, "needs": [True] * 6, "orders": [0, 2, 1, 3] * 5},
     )
 
 
@@ -95,8 +95,8 @@ def test_vmap_of_the_backward_operator(normalizer, decoupled):
     tensors = [t.detach() for t in _tensors(decoupled)]
     arguments = {"normalizer": normalizer, "scale": 0.7, "norm_scale": 0.3, "eps": 0.5}
     _, state, key_sum = torch.ops.bla.linear_attention_forward(*tensors, **arguments)
-    saved = (*tensors, *(None,) * (5 - len(tensors)), state, key_sum)
-    needs = [i < len(tensors) for i in range(5)]
+    saved = (*tensors, *(None,) * (6 - len(tensors)), state, key_sum)
+    needs = [i < len(tensors) for i in range(6)]
 
     def f(do):
         grads = torch.ops.bla.linear_attention_backward(do, *saved, **arguments, needs=needs)
