@@ -1,7 +1,8 @@
 """What Inductor makes of the operators.
 
-On CUDA they stay calls of the Triton kernels. Elsewhere they are decomposed into the contraction in
-its best order, so that feature maps, scales and casts fuse into Inductor's own loops around it.
+On CUDA they become templates of the Triton kernels: see lowering_cuda.py. Elsewhere they are
+decomposed into the contraction in its best order, so that feature maps, scales and casts fuse into
+Inductor's own loops around it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from bla_inductor.compat import register_decompositions
+from bla_inductor.lowering_cuda import OPERATORS, lowering
 from bla_inductor.ops import aten
+from bla_inductor.ops.schema import Inputs, gradients
 
 __all__ = ["register"]
 
@@ -28,12 +31,11 @@ def register() -> None:
     With a decomposition in the table, Inductor does not make a fallback of an operator by itself:
     the lowering for where it is not decomposed is registered as well.
     """
-    from torch._inductor.lowering import fallback_handler, register_lowering
+    from torch._inductor.lowering import register_lowering
 
     register_decompositions(_OURS)
-    for operator in _OURS:
-        fallback = fallback_handler(operator, add_to_fallback_set=False)
-        register_lowering(operator, type_promotion_kind=None)(fallback)
+    for operator in OPERATORS:
+        register_lowering(operator, type_promotion_kind=None)(lowering(operator))
 
 
 def _stays_a_call(x: Tensor) -> bool:
@@ -49,67 +51,36 @@ def _laid_out(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Ten
     return x.permute(list(order)).contiguous().permute(inverse)
 
 
-def _numbers(kwargs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-    return (
-        kwargs.get("normalizer", "none"),
-        kwargs.get("scale", 1.0),
-        kwargs.get("norm_scale", 1.0),
-        kwargs.get("eps", 0.0),
-    )
+def _result(x: Inputs, out: Tensor) -> Tensor:
+    return _laid_out(out, x.out_dtype or x.q.dtype, x.out_order)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    if _stays_a_call(q):
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    x = Inputs(*args, **kwargs)
+    if _stays_a_call(x.q):
         return NotImplemented
-    out, _, _ = aten.forward(q, k, v, q_norm, k_norm, *_numbers(kwargs), keep_state=False)
-    return _laid_out(out, kwargs.get("out_dtype") or q.dtype, kwargs.get("out_order"))
+    return _result(x, aten.forward(x, keep_state=False)[0])
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _stays_a_call(q):
+def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x = Inputs(*args, **kwargs)
+    if _stays_a_call(x.q):
         return NotImplemented
-    out, state, key_sum = aten.forward(q, k, v, q_norm, k_norm, *_numbers(kwargs), keep_state=True)
+    out, state, key_sum = aten.forward(x, keep_state=True)
     assert state is not None
     assert key_sum is not None
-    result = _laid_out(out, kwargs.get("out_dtype") or q.dtype, kwargs.get("out_order"))
-    return result, state, key_sum
+    return _result(x, out), state, key_sum
 
 
-def _backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    state: Tensor,
-    key_sum: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, ...]:
-    if _stays_a_call(q):
+def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    call = gradients(*args, **kwargs)
+    if _stays_a_call(call.do):
         return NotImplemented
-    numbers = _numbers(kwargs)
-    grads = aten.backward(do, q, k, v, q_norm, k_norm, state, key_sum, *numbers, kwargs["needs"])
-    rank, orders = q.dim(), kwargs.get("orders")
     return tuple(
-        q.new_empty(0)
-        if grad is None
-        else _laid_out(grad, q.dtype, orders and orders[i * rank : (i + 1) * rank])
-        for i, grad in enumerate(grads)
+        call.inputs.q.new_empty(0)
+        if grad is None or t is None
+        else _laid_out(grad, t.dtype, call.order(i))
+        for i, (t, grad) in enumerate(zip(call.inputs.tensors, aten.backward(call), strict=True))
     )
 
 

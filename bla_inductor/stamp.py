@@ -2,8 +2,8 @@
 
 FxGraphCache and AOTAutogradCache hash the graph and Inductor's configuration, but neither the
 lowerings nor the backward of an operator defined elsewhere: after an upgrade of bla, a second
-process would be served code of the old one. They do hash the `uuid()` of custom passes. So a pass
-that does nothing carries a hash of bla's sources and of the options.
+process would be served code of the old one. They do hash the `uuid()` of custom passes. So our pass
+carries a hash of bla's sources and of the options; what it does to the graph is in `packing.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.fx import Graph
 
 from bla_inductor.compat import inference_aware_pass
 from bla_inductor.options import Options
+from bla_inductor.packing import pack_gradients
 
 # The name of the configuration key under which Inductor is given the stamp.
 SLOT = "post_grad_custom_pre_pass"
@@ -42,6 +43,7 @@ class CacheStamp(_Pass):
         self.users: tuple[Any, ...] = tuple(users) if isinstance(users, list | tuple) else (users,)
 
     def __call__(self, graph: Graph, is_inference: bool = False) -> None:
+        pack_gradients(graph)
         for user in self.users:
             aware = _InferenceAware is not None and isinstance(user, _InferenceAware)
             user(*(graph, is_inference) if aware else (graph,))

@@ -1,0 +1,290 @@
+"""Gradients that the graph puts together again are written together.
+
+Where q, k and v are parts of one projection's output, autograd joins dq, dk and dv into the
+gradient of the whole: by `cat` (of `chunk`, `split` and `unbind`) or as a sum of `select_scatter`
+and `slice_scatter` into zeros (of indexing). Inductor makes that a pass over all three, which costs
+nearly as much traffic as the backward itself. The kernels write any strides, so here the joined
+tensor becomes a result of the backward operator, in the layout of the `contiguous` that follows it,
+if one does.
+
+Only where every part is one of the gradients, nothing else reads them, and all sizes are static.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bla_inductor.ops.packed import linear_attention_backward_packed
+from bla_inductor.ops.schema import linear_attention_backward
+
+__all__ = ["pack_gradients"]
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_LAYOUT = (*_VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
+_SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
+
+
+class _Inexpressible(Exception):
+    """The gradients' places in the joined tensor are no strided views of it."""
+
+
+@dataclass
+class _Part:
+    """A gradient's way into the joined tensor: views, then [start, start + length) of dim `dim`.
+
+    entry: the node that joins it. drops: the dim is not one of the gradient's (`select_scatter`).
+    """
+
+    number: int
+    gradient: fx.Node
+    views: list[fx.Node]
+    entry: fx.Node
+    dim: int
+    start: int
+    length: int
+    drops: bool = False
+
+
+def pack_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
+    """Rewrite `graph`, whose nodes have their fake value as meta["val"]; how many were packed."""
+    packed = 0
+    for node in graph.find_nodes(op="call_function", target=linear_attention_backward):
+        if _args(node)[0].meta["val"].device.type != device_type:
+            continue
+        try:
+            packed += _pack(node)
+        except (_Inexpressible, RuntimeError) as error:
+            log.debug("gradients of %s are joined by a copy: %s", node, error)
+        except Exception as error:
+            log.warning(
+                "gradients of %s are joined by a copy, since looking for a better way failed: "
+                "%s: %s. Please report it.",
+                node,
+                type(error).__name__,
+                error,
+            )
+            log.debug("the failure of the pass", exc_info=True)
+    if packed:
+        graph.eliminate_dead_code()
+        graph.lint()
+    return packed
+
+
+def _pack(node: fx.Node) -> bool:
+    tensors = [_value(t) for t in _args(node)[:7] if isinstance(t, fx.Node)]
+    shapes = [t.shape[: _args(node)[1].meta["val"].dim() - 2] for t in tensors[1:4]]
+    if not all(isinstance(s, int) for t in tensors for s in t.shape) or len(set(shapes)) > 1:
+        return False
+    users = {_args(u)[1]: u for u in node.users if u.target is getitem}
+    parts = [part for i, u in users.items() if (part := _part(i, u)) is not None]
+    joined = {id(_top(part)): _top(part) for part in parts}
+    for top in joined.values():
+        own = [part for part in parts if _top(part) is top]
+        if len(own) > 1 and _is_all(top, own):
+            _rewrite(node, users, top, own)
+            return True
+    return False
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
+def _value(node: Any) -> Tensor:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _part(number: int, gradient: fx.Node) -> _Part | None:
+    views: list[fx.Node] = []
+    node = gradient
+    while (user := _only_user(node)) is not None and user.target in _LAYOUT:
+        views.append(user)
+        node = user
+    if user is None:
+        return None
+    if user.target is aten.cat.default:
+        tensors, dim = _args(user)[0], _args(user)[1] if len(_args(user)) > 1 else 0
+        if tensors.count(node) > 1:
+            return None
+        dim = dim % _value(user).dim()
+        before = tensors[: tensors.index(node)]
+        start = sum(_value(t).shape[dim] for t in before)
+        return _Part(number, gradient, views, user, dim, start, _value(node).shape[dim])
+    if user.target in _SCATTERS and _args(user)[1] is node and _is_zero(_args(user)[0]):
+        return _scattered(number, gradient, views, user)
+    return None
+
+
+def _scattered(number: int, gradient: fx.Node, views: list[fx.Node], user: fx.Node) -> _Part | None:
+    names = ("dim", "start", "end", "step")
+    given = [*_args(user)[2:], *(user.kwargs[n] for n in names if n in user.kwargs)]
+    dim = int(given[0]) if given else 0
+    dim %= _value(user).dim()
+    size = _value(user).shape[dim]
+    if user.target is aten.select_scatter.default:
+        index = int(_args(user)[3])
+        return _Part(number, gradient, views, user, dim, index % size, 1, drops=True)
+    start, end, step = (*given[1:], *(None, None, None)[len(given) - 1 :])[:3]
+    if step not in (None, 1):
+        return None
+    first = int(start or 0)
+    last = size if end is None else min(int(end), size)
+    if first < 0 or last < 0:
+        return None
+    return _Part(number, gradient, views, user, dim, first, last - first)
+
+
+def _is_zero(node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.target is not aten.full.default:
+        return False
+    return bool(_args(node)[1] == 0)
+
+
+def _top(part: _Part) -> fx.Node:
+    """The joined tensor: the `cat`, or the last of the sums of scattered parts."""
+    node = part.entry
+    if node.target is aten.cat.default:
+        return node
+    while (user := _only_user(node)) is not None and user.target is aten.add.Tensor:
+        if user.kwargs:
+            break
+        node = user
+    return node
+
+
+def _is_all(top: fx.Node, parts: Sequence[_Part]) -> bool:
+    """Whether the parts make up the joined tensor, each element once."""
+    if len({part.dim for part in parts}) > 1:
+        return False
+    if {_value(part.gradient).dtype for part in parts} != {_value(top).dtype}:
+        return False
+    end = 0
+    for part in sorted(parts, key=lambda p: p.start):
+        if part.start != end:
+            return False
+        end += part.length
+    entries = {part.entry for part in parts}
+    leaves = {top} if top.target is aten.cat.default else _summands(top)
+    return end == _value(top).shape[parts[0].dim] and leaves == entries
+
+
+def _summands(node: Any) -> set[fx.Node]:
+    if isinstance(node, fx.Node) and node.target is aten.add.Tensor:
+        return _summands(_args(node)[0]) | _summands(_args(node)[1])
+    return {node}
+
+
+def _rewrite(
+    node: fx.Node, users: dict[Any, fx.Node], top: fx.Node, parts: Sequence[_Part]
+) -> None:
+    after, end = _to_contiguous(top)
+    try:
+        places = [_place(part, top, after, end) for part in parts]
+    except (_Inexpressible, RuntimeError):
+        after, end = [], top
+        places = [_place(part, top, after, end) for part in parts]
+    numbers = [part.number for part in parts]
+    empty = _value(_args(node)[1]).new_empty(0)
+    values = [empty if i in numbers else v for i, v in enumerate(node.meta["val"])]
+    joined = _value(end).new_empty(_value(end).shape)
+    graph = node.graph
+    with graph.inserting_before(node):
+        packed = graph.call_function(
+            linear_attention_backward_packed,
+            _args(node),
+            {
+                **node.kwargs,
+                "size": list(joined.shape),
+                "places": [n for place in places for n in place],
+            },
+        )
+        packed.meta = {**node.meta, "val": (joined, *values)}
+        first = graph.call_function(getitem, (packed, 0))
+        first.meta = {**end.meta, "val": joined}
+        for i, user in users.items():
+            if i not in numbers:
+                user.args = (packed, i + 1)
+    end.replace_all_uses_with(first)
+
+
+def _to_contiguous(top: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+    """(views after the joined tensor, the `contiguous` after them); or none, and the tensor."""
+    views: list[fx.Node] = []
+    node = top
+    while (user := _only_user(node)) is not None and user.target in (*_VIEWS, aten.permute.default):
+        views.append(user)
+        node = user
+    if user is not None and user.target is aten.clone.default and _value(user).is_contiguous():
+        return views, user
+    return [], top
+
+
+def _place(part: _Part, top: fx.Node, after: Sequence[fx.Node], end: fx.Node) -> list[int]:
+    """[number, offset, strides] of the gradient in the memory of `end`."""
+    dim, start, length = part.dim, part.start, part.length
+    shapes = [_cut(_value(top).shape, dim, length)]
+    for view in after:
+        if view.target is aten.permute.default:
+            dim = _permutation(view).index(dim)
+        else:
+            source, target = _value(_args(view)[0]).shape, _value(view).shape
+            dim, start, length = _through_view(source, target, dim, start, length)
+        shapes.append(_cut(_value(view).shape, dim, length))
+    strides = torch.empty(_value(end).shape, device="meta").stride()
+    x = torch.empty_strided(shapes.pop(), strides, device="meta")
+    for view in reversed(after):
+        x = _undone(view, x, shapes.pop())
+    if part.drops:
+        x = x.squeeze(part.dim)
+    for view in reversed(part.views):
+        x = _undone(view, x, _value(_args(view)[0]).shape)
+    assert x.shape == _value(part.gradient).shape
+    return [part.number, start * strides[dim], *x.stride()]
+
+
+def _cut(shape: Sequence[int], dim: int, length: int) -> list[int]:
+    return [length if d == dim else s for d, s in enumerate(shape)]
+
+
+def _permutation(view: fx.Node) -> list[int]:
+    rank = _value(view).dim()
+    return [d % rank for d in _args(view)[1]]
+
+
+def _undone(view: fx.Node, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The input of `view`, of `shape`, as a view of its result x. RuntimeError if it is none."""
+    if view.target is aten.permute.default:
+        order = _permutation(view)
+        return x.permute([order.index(d) for d in range(x.dim())])
+    return x.view(shape)
+
+
+def _through_view(
+    source: Sequence[int], target: Sequence[int], dim: int, start: int, length: int
+) -> tuple[int, int, int]:
+    """(dim, start, length) of a slice of `source` in a view of size `target`."""
+    before, inner = prod(source[:dim]), prod(source[dim + 1 :])
+    outer = 1
+    for d, size in enumerate(target):
+        own = prod(target[d + 1 :])
+        if outer == before and size > 1 and start * inner % own == 0 and length * inner % own == 0:
+            return d, start * inner // own, length * inner // own
+        outer *= size
+    raise _Inexpressible(f"a slice of dim {dim} of {list(source)} in {list(target)}")
