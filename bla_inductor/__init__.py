@@ -5,6 +5,7 @@ package offers besides is loaded on first use, because torch itself imports this
 starts whenever TORCH_LOGS names `bla_inductor`.
 
     explain(model, *args, **kwargs)   what would be rewritten, and what not and why: a Report
+    rewrite_exported(program)         the same rewriting for a program of torch.export
     Report, Match, Refusal            what `explain` returns and what the log prints
     Options                           the backend's options, their defaults and BLA_* variables
     BlaOptionError, BlaNoMatchError   what a compilation may raise: see `bla_inductor.errors`
@@ -18,6 +19,7 @@ from bla_inductor._version import __version__
 if TYPE_CHECKING:
     from bla_inductor.errors import BlaError, BlaNoMatchError, BlaOptionError
     from bla_inductor.explainer import explain
+    from bla_inductor.exported import rewrite_exported
     from bla_inductor.options import Options
     from bla_inductor.report import Match, Refusal, Report
 
@@ -31,6 +33,7 @@ __all__ = [
     "Report",
     "__version__",
     "explain",
+    "rewrite_exported",
 ]
 
 _HOME = {
@@ -42,6 +45,7 @@ _HOME = {
     "Refusal": "report",
     "Report": "report",
     "explain": "explainer",
+    "rewrite_exported": "exported",
 }
 
 
