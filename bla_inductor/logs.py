@@ -3,7 +3,7 @@
     TORCH_LOGS="bla_inductor"       one line a graph: what matched, or that nothing did and why
     TORCH_LOGS="+bla_inductor"      the whole report of every graph
     TORCH_TRACE=/tmp/t; tlparse     the whole report, beside Inductor's own artifacts
-    torch._dynamo.utils.counters["bla"]    graphs, matched, refused
+    torch._dynamo.utils.counters["bla"]    graphs, matched, refused, "rule:matmul" and the like
 
 Without TORCH_LOGS, warnings alone are shown, as with torch's own loggers.
 """
@@ -11,6 +11,7 @@ Without TORCH_LOGS, warnings alone are shown, as with torch's own loggers.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch._dynamo.utils import counters
@@ -28,7 +29,11 @@ def announce(report: Report) -> None:
     count["graphs"] += 1
     count["matched"] += len(report.matches)
     count["refused"] += len(report.refusals)
+    count.update({f"rule:{name}": times for name, times in report.rules.items()})
     log.info("%s", report.summary())
+    approximate = [m for m in report.matches if m.approximate]
+    for match, times in Counter((m.location, m.family, m.approximate) for m in approximate).items():
+        log.warning("%s  %s: %s (%d×)", *match, times)  # asked for, but never silent
     log.debug("%s", report)
     trace_structured(
         "artifact",

@@ -8,6 +8,7 @@ of a model.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -53,7 +54,8 @@ class Match:
     family: the pattern's name; formula: what it computes, in index notation; sizes: `B=2 H=8 N=1024
     …`;
     feature_maps: what q and k are of the tensors before them; dtype: of the operands and of the
-    result; reason: why the rewrite pays; node: the graph node replaced.
+    result; reason: why the rewrite pays; node: the graph node replaced; approximate: how its
+    results differ from the user's, empty where they do not.
     """
 
     family: str
@@ -64,6 +66,7 @@ class Match:
     reason: str = ""
     node: str = ""
     feature_maps: str = ""
+    approximate: str = ""
 
     def __str__(self) -> str:
         lines = [f"matched  {self.location}  {self.family}"]
@@ -75,6 +78,8 @@ class Match:
         lines.append(f"    sizes    {self.sizes}  {self.dtype}")
         if self.reason:
             lines.append(f"    why      {self.reason}")
+        if self.approximate:
+            lines.append(f"    NOTE     {self.approximate}")
         return "\n".join(lines)
 
 
@@ -101,7 +106,8 @@ class Report:
     model.
 
     `graphs` counts the graphs looked at and `nodes` their nodes; `seconds` is the time the analysis
-    took.
+    took. `rules` counts, for each rule of the algebra, how often it was asked what a tensor is
+    (`matmul tried`) and how often it told (`matmul`).
     """
 
     matches: list[Match] = field(default_factory=list)
@@ -109,6 +115,7 @@ class Report:
     graphs: int = 0
     nodes: int = 0
     seconds: float = 0.0
+    rules: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: Report) -> Report:
         return Report(
@@ -117,6 +124,7 @@ class Report:
             self.graphs + other.graphs,
             self.nodes + other.nodes,
             self.seconds + other.seconds,
+            self.rules + other.rules,
         )
 
     def __iter__(self) -> Iterator[Match | Refusal]:
@@ -128,6 +136,10 @@ class Report:
         is.
         """
         counted = f"{len(self.matches)} matched, {len(self.refusals)} refused"
+        if approximate := sum(bool(m.approximate) for m in self.matches):
+            counted = f"{len(self.matches)} matched ({approximate} approximate), " + (
+                f"{len(self.refusals)} refused"
+            )
         text = f"{counted} in {self.graphs} graph{'s' * (self.graphs != 1)} of {self.nodes} nodes"
         if self.matches:
             return f"{text}; first match {self.matches[0].location}"

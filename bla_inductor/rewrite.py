@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import fx
 
 from bla_inductor.algebra import Observation, Opaque, observe
 from bla_inductor.algebra.observe import undisturbed
+from bla_inductor.approximate import Approximation, approximate
 from bla_inductor.cost import decide
 from bla_inductor.nearest import nearest
 from bla_inductor.options import Options
@@ -31,14 +33,21 @@ __all__ = ["rewrite"]
 log = logging.getLogger(__name__)
 
 
-def rewrite(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    fixed: Sequence[bool] | None = None,
+) -> Report:
     """Rewrite `gm` in place and report what was done and what was not, and why.
 
-    example_inputs: one per placeholder (tensors or symbolic integers). With options.rewrite ==
+    example_inputs: one per placeholder (tensors or symbolic integers); fixed: for each, whether it
+    is a parameter or a buffer, where the graph itself does not say so. With options.rewrite ==
     "off" the graph is only read. What cannot be observed or rewritten stays as the user wrote it,
     with a refusal.
     """
-    fixed = [_is_parameter(n) for n in gm.graph.find_nodes(op="placeholder")]
+    if fixed is None:
+        fixed = [_is_parameter(n) for n in gm.graph.find_nodes(op="placeholder")]
     return _rewrite(gm, example_inputs, fixed, options)
 
 
@@ -51,42 +60,67 @@ def _rewrite(
         seen = observe(gm, inputs, fixed)
     except Opaque as opaque:
         node = next(iter(gm.graph.nodes))
-        report.refusals.append(Refusal(FAMILY, str(opaque), locate(node)))
+        reason = str(opaque).partition("\n")[0]  # the interpreter adds where it was
+        report.refusals.append(Refusal(FAMILY, reason, locate(node)))
         return report
+    report.rules = seen.rules
     for error in seen.errors:
         log.debug("a rule of the algebra failed, its result stays a leaf: %s", error)
     _rename_written(gm, seen)
-    with undisturbed(seen.shape_env):
+    with undisturbed(seen.mode):
         selection = select(gm, seen, options)
         report.refusals += selection.refusals
-        if not selection.plans and not report.refusals:
+        approximations: list[Approximation] = []
+        if options.approximate is not None:
+            approximations, refused = approximate(gm, seen, options)
+            report.refusals += refused
+        if not selection.plans and not approximations and not report.refusals:
             report.refusals += nearest(gm, seen)
         if options.rewrite == "off":
             report.refusals += [_only_reported(plan) for plan, _ in selection.plans]
-        elif selection.plans:
-            _apply(gm, seen, selection, report)
+        elif selection.plans or approximations:
+            _apply(gm, seen, selection, approximations, report)
     report.seconds = time.perf_counter() - start
     for body in seen.bodies:
         placeholders = body.module.graph.find_nodes(op="placeholder")
         known = [n.meta.get("example_value", n.meta.get("val")) for n in placeholders]
-        report += _rewrite(body.module, known, body.fixed, options)
+        with torch.autocast(*body.autocast) if body.autocast else nullcontext():
+            report += _rewrite(body.module, known, body.fixed, options)
     report.graphs = 1
     return report
 
 
-def _apply(gm: fx.GraphModule, seen: Observation, selection: Selection, report: Report) -> None:
+def _apply(
+    gm: fx.GraphModule,
+    seen: Observation,
+    selection: Selection,
+    approximations: Sequence[Approximation],
+    report: Report,
+) -> None:
     """Put the emitted nodes in the place of the roots, and erase what is dead then."""
     used = {node for node in gm.graph.nodes if node.users}
     for plan, _ in selection.plans:
         why = decide(plan.problem(seen)).reason
         told = (formula(plan), sizes(plan, seen), dtypes(plan), plan.location, why)
         report.matches.append(Match(FAMILY, *told, plan.root.name, feature_maps(plan)))
+    report.matches += [made.match for made in approximations]
     # All at the end: the leaf of one attention may be the root of another.
-    for plan, node in selection.plans:
-        plan.root.replace_all_uses_with(node)
+    pairs = [(plan.root, node) for plan, node in selection.plans]
+    for root, node in [*pairs, *((made.root, made.node) for made in approximations)]:
+        _keep_gradient(root, node)
+        root.replace_all_uses_with(node)
     _erase_dead(gm, seen, used, selection.needed)
     gm.graph.lint()
     gm.recompile()
+
+
+def _keep_gradient(root: fx.Node, node: fx.Node) -> None:
+    """`node` was made under no_grad. A nested compile region takes it that a result whose recorded
+    value requires no gradient has none.
+    """
+    known = root.meta.get("example_value")
+    if isinstance(known, torch.Tensor) and known.requires_grad:
+        node.meta["example_value"].requires_grad_()
 
 
 def _rename_written(gm: fx.GraphModule, seen: Observation) -> None:

@@ -125,7 +125,7 @@ def test_mode_and_its_option_reach_inductor(how, monkeypatch):
     assert seen[stamp.SLOT].options == Options(mode="max-autotune")
 
 
-def broken(gm, example_inputs, options):
+def broken(*_):
     raise ZeroDivisionError("a fault of ours")
 
 
@@ -174,27 +174,6 @@ def test_the_whole_report_with_plus(run_python):
     done = run_python(PROGRAM, TORCH_LOGS="+bla_inductor", INNER="aot_eager")
     assert "program.py:7  linear attention" in done.stderr
     assert "return (q @ (k.mT @ v)) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6)" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_second_process_hits_inductors_cache_and_a_changed_option_misses(run_python, tmp_path):
-    program = (
-        PROGRAM
-        + """
-    print({**counters["inductor"], **counters["aot_autograd"]})
-    if "CHANGED" in os.environ:
-        torch._dynamo.reset()
-        counters.clear()
-        torch.compile(attention, backend="bla", options=options | {"rewrite": "always"})(q, k, v)
-        print({**counters["inductor"]})
-"""
-    )
-    environ = {"INNER": "inductor", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    assert "'fxgraph_cache_miss': 1" in run_python(program, **environ).stdout
-    second, changed = run_python(program, CHANGED="1", **environ).stdout.splitlines()
-    assert "'fxgraph_cache_hit': 1" in second
-    assert "autograd_cache_bypass" not in second
-    assert "'fxgraph_cache_miss': 1" in changed
 
 
 class Named(CustomGraphPass):

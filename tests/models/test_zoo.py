@@ -24,6 +24,7 @@ from zoo.polaformer import PolaLinearAttention
 from zoo.rala import RankAugmentedLinearAttention
 from zoo.vssd import NonCausalSSD
 
+from tests.models.checks import stirred
 from tests.numerics import assert_no_less_accurate
 
 Shape = tuple[int, ...]
@@ -76,15 +77,6 @@ MODELS = [
 def compiled(model: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
     options = {"inner": "aot_eager"}
     return torch.compile(model, backend="bla", options=options, fullgraph=True, **kwargs)
-
-
-def stirred(model: Callable[..., Any]) -> Callable[..., Any]:
-    """No parameter left at zero or one, where its gradient might be right by accident."""
-    if isinstance(model, nn.Module):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def parameters(model: Callable[..., Any]) -> list[Tensor]:
