@@ -69,14 +69,19 @@ bla.reset = reset  # type: ignore[attr-defined]
 bla.compiler_name = "bla"  # type: ignore[attr-defined]
 
 
-def rewrite_or_leave(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
+def rewrite_or_leave(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    fixed: Sequence[bool] | None = None,
+) -> Report:
     """Rewrite `gm`; a failure of ours costs the user the speed-up and not the compilation.
 
     With `strict` the failure is raised. A graph that was left half-way is still the user's: every
     step of the rewrite by itself keeps what the graph computes.
     """
     try:
-        return rewrite(gm, example_inputs, options)
+        return rewrite(gm, example_inputs, options, fixed)
     except Exception as error:
         if options.strict:
             raise

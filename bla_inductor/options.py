@@ -9,6 +9,7 @@ Inductor's configuration keys and go to Inductor; a key that neither knows is an
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,19 @@ _FALSE = ("0", "false", "no", "off")
 
 def _row(default: Any, doc: str, choices: tuple[str, ...] = ()) -> Any:
     return field(default=default, metadata={"doc": doc, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Pisa:
+    """Piecewise sparse attention (arXiv 2602.01077): the share of key blocks that each query block
+    attends to exactly, above 0 and at most 1, and how many queries and keys make a block.
+    """
+
+    density: float = 0.15
+    block_size: int = 64
+
+
+_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,15 @@ class Options:
     mode: str | None = _row(
         None,
         "torch.compile's mode, as an option, because torch refuses mode= beside options=",
+    )
+    approximate: Pisa | None = _row(  # noqa: RUF009  (a field, like the others)
+        None,
+        "replace softmax attention by an approximation, which changes results: "
+        "{'pisa': {'density': 0.15, 'block_size': 64}}, as JSON in the environment",
+    )
+    approximate_training: bool = _row(
+        False,
+        "approximate attention that needs gradients too, with those of the approximation",
     )
 
     @classmethod
@@ -95,6 +118,8 @@ def variable_of(name: str) -> str:
 def _checked(row: Any, key: str, value: Any) -> Any:
     if isinstance(row.default, bool):
         return _checked_bool(key, value)
+    if row.name == "approximate":
+        return _checked_approximation(key, value)
     if row.name == "mode" and value is None:
         return None
     choices = _modes() if row.name == "mode" else row.metadata["choices"]
@@ -109,6 +134,35 @@ def _checked_bool(key: str, value: Any) -> bool:
     if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
         return value.lower() in _TRUE
     raise BlaOptionError.bad_value(key, value, ("True", "False"))
+
+
+def _checked_approximation(key: str, value: Any) -> Pisa | None:
+    """A dictionary {"pisa": {...}}, or its text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BlaOptionError.bad_value(key, value, (_EXAMPLE,)) from None
+    if value is None or isinstance(value, Pisa):
+        return value
+    if not isinstance(value, Mapping) or list(value) != ["pisa"]:
+        raise BlaOptionError.bad_value(key, value, (_EXAMPLE,))
+    given = value["pisa"]
+    names = [row.name for row in fields(Pisa)]
+    if not isinstance(given, Mapping) or not set(given) <= set(names):
+        raise BlaOptionError.bad_value(f"{key}['pisa']", given, (_EXAMPLE, *names))
+    chosen = Pisa(**given)
+    density, block_size = chosen.density, chosen.block_size
+    number = isinstance(density, int | float) and not isinstance(density, bool)
+    if not number or not 0 < density <= 1:
+        raise BlaOptionError.bad_value(f"{key}['pisa']['density']", density, ("0 < density <= 1",))
+    if isinstance(block_size, bool) or block_size not in _BLOCK_SIZES:
+        sizes = map(str, _BLOCK_SIZES)
+        raise BlaOptionError.bad_value(f"{key}['pisa']['block_size']", block_size, sizes)
+    return Pisa(float(density), block_size)
+
+
+_EXAMPLE = "{'pisa': {'density': 0.15, 'block_size': 64}}"
 
 
 def _modes() -> Iterable[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bla_inductor.bench import measure, models, output
+from bla_inductor.bench import measure, models, output, pisa
 from bla_inductor.bench.cases import SUITES, Case
 from bla_inductor.bench.output import Row
 from bla_inductor.bench.providers import PROVIDERS, Attention, provider
@@ -26,7 +26,7 @@ _SDPA_LIMIT = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", choices=sorted([*SUITES, "models"]))
+    parser.add_argument("suite", choices=sorted([*SUITES, "models", "pisa"]))
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated")
     parser.add_argument("--lengths", default="", help="only these N, comma-separated")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Measure, print and write; 1 if a result was wrong."""
+    if given.suite == "pisa":  # approximate, so another opponent and other columns
+        return pisa.run(given)
     chosen = [name for name in given.providers.split(",") if name]
     unknown = [name for name in chosen if name not in PROVIDERS]
     if unknown:

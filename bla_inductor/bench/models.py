@@ -55,7 +55,7 @@ def _sana(side: int) -> Callable[[], Made]:
     def make() -> Made:
         from diffusers import SanaTransformer2DModel
 
-        model = SanaTransformer2DModel(num_layers=2, sample_size=side)
+        model: Any = SanaTransformer2DModel(num_layers=2, sample_size=side)
         x, caption = torch.randn(1, 32, side, side), torch.randn(1, 300, 2304)
         timestep = torch.tensor([500.0])
         return model, (x, caption), {"timestep": timestep, "return_dict": False}
@@ -69,7 +69,7 @@ def _dc(side: int) -> Callable[[], Made]:
 
         widths = (128, 256, 512)
         blocks = ("ResBlock", "ResBlock", "EfficientViTBlock")
-        model = AutoencoderDC(
+        model: Any = AutoencoderDC(
             in_channels=3,
             latent_channels=32,
             encoder_block_out_channels=widths,
