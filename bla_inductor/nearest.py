@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from bla_inductor.algebra import Leaf, Observation, Read, Value
+from bla_inductor.algebra import Guard, Leaf, Observation, Read, Term, Value
 from bla_inductor.patterns import FAMILY
 from bla_inductor.report import Refusal, locate
 
@@ -21,6 +21,7 @@ aten = torch.ops.aten
 _MOST_STEPS = 6
 _SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
 _RANDOM = {"native_dropout", "bernoulli", "rand_like"}
+_RUNNING = {"cumsum", "logcumsumexp", "cumprod"}
 
 
 def nearest(gm: fx.GraphModule, seen: Observation) -> list[Refusal]:
@@ -54,7 +55,8 @@ def _between(value: Value | None, seen: Observation) -> Leaf | None:
     for read in value.term.factors:
         if isinstance(read, Read) and read.indices() & set(value.term.bound):
             for leaf in _below(read.leaf, seen):
-                if any(map(_is_product, _made_of(leaf, seen))):
+                running = leaf.operation in _RUNNING
+                if any(_is_product(v, running) for v in _made_of(leaf, seen)):
                     return leaf
     return None
 
@@ -79,12 +81,18 @@ def _below(leaf: Leaf, seen: Observation) -> Iterator[Leaf]:
         pending += [below for v in values for below in v.term.leaves()]
 
 
-def _is_product(value: Value) -> bool:
-    """A contraction of two tensors that depend on the input."""
-    if value.term.depth < 1:
-        return False
-    reads = [f for f in value.term.factors if isinstance(f, Read) and not f.leaf.fixed]
-    return len(reads) > 1
+def _is_product(value: Value, running: bool = False) -> bool:
+    """A contraction of two tensors that depend on the input, with a number added or not; or, for a
+    running sum, what it sums.
+    """
+    return _contracts(value.term, 0 if running else 1)
+
+
+def _contracts(term: Term, depth: int) -> bool:
+    if any(isinstance(f, Guard) and _contracts(f.term, depth) for f in term.factors):
+        return True
+    reads = [f for f in term.factors if isinstance(f, Read) and not f.leaf.fixed]
+    return term.depth >= depth and len(reads) > 1
 
 
 def _reason(leaf: Leaf) -> str:

@@ -55,10 +55,12 @@ def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Til
             return Tile(256, d, v, block(DN), 4, 2, 2)
         if d * v <= 4096:
             return Tile(128, d, v, block(DN), 8, 2, 2)
-        return Tile(64, d, v, block(DN), 8, 4 if capability >= 9 else 3, 1)
+        if capability < 9:
+            return Tile(64, d, min(v, 64), block(DN), 8, 3, 1)
+        return Tile(64, d, v, block(DN), 8, 4, 1)
     v = min(v, 64)
     if precision == "ieee" and max(d, block(DN)) > 64:
-        return Tile(16, d, v, block(DN), 8, 1)
+        return Tile(16, d, min(v, 8192 // d), block(DN), 8, 1)
     v = min(v, 8192 // d)
     return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 

@@ -15,7 +15,17 @@ import torch
 
 from bla_inductor.algebra.index import Index, Size, as_size, equal
 from bla_inductor.algebra.registry import Lookup, Result, Unruled, number, rule
-from bla_inductor.algebra.term import Leaf, Part, Read, Term, Value, align, leaf_value, multiply
+from bla_inductor.algebra.term import (
+    Leaf,
+    Origin,
+    Part,
+    Read,
+    Term,
+    Value,
+    align,
+    leaf_value,
+    multiply,
+)
 
 __all__: list[str] = []
 
@@ -148,7 +158,9 @@ def _cumsum(V: Lookup, out: torch.Tensor, x: torch.Tensor, dim: int, **_: Any) -
     parts = [Part(None, as_size(x.shape[dim]) - 1), last]
     shape = tuple(as_size(s) for s in out.shape)
     fixed = value.term.fixed()
-    return leaf_value(Leaf(shape, out.dtype, fixed, "cumsum", parts=(dim, tuple(parts))))
+    leaf = Leaf(shape, out.dtype, fixed, "cumsum", parts=(dim, tuple(parts)))
+    leaf.origin = Origin(aten.cumsum, (value, dim))
+    return leaf_value(leaf)
 
 
 @rule(aten.constant_pad_nd)

@@ -15,7 +15,7 @@ Nothing outside is changed: guards are suppressed, autocast and RNG state are pu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -147,19 +147,24 @@ class _Walk(fx.Interpreter):
         """
         args, _ = self.fetch_args_kwargs_from_env(n)
         name = n.target.name() if isinstance(n.target, HigherOrderOperator) else ""
-        if name in _TRANSPARENT:
+        bodies = self.observer.seen.bodies
+        if name == "cond":
+            _, *branches, operands = args
+            bodies += [Body(branch, self._fixed(operands), None) for branch in branches]
+        elif name in _TRANSPARENT:
             at = next(i for i, a in enumerate(args) if isinstance(a, fx.GraphModule))
-            flags = tuple(
-                isinstance(a, torch.Tensor) and self.observer.value(a).term.fixed()
-                for a in args[at + 1 :]
-                if not isinstance(a, str)
-            )
+            flags = self._fixed(a for a in args[at + 1 :] if not isinstance(a, str))
             autocast = args[:at] if name == "wrap_with_autocast" else None
-            self.observer.seen.bodies.append(Body(args[at], flags, autocast))
+            bodies.append(Body(args[at], flags, autocast))
         known = n.meta.get("example_value", n.meta.get("val"))
         if known is None:
             raise Opaque(f"the higher-order operator {n.target} recorded no result")
         return pytree.tree_map(self.leaf, known)
+
+    def _fixed(self, operands: Iterable[Any]) -> tuple[bool, ...]:
+        return tuple(
+            isinstance(a, torch.Tensor) and self.observer.value(a).term.fixed() for a in operands
+        )
 
     def _grad_mode(self, enabled: bool) -> None:
         """Terms never reach into a finished no_grad region: gradients would flow where they did

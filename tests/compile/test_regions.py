@@ -264,3 +264,15 @@ def test_ddp_pieces(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         out.sin().sum().backward()
         torch.testing.assert_close([p.grad for p in model.parameters()], list(expected))
     assert [len(report.matches) for report in reports if report.matches] == [1, 1, 1]
+
+
+def test_the_branches_of_a_condition():
+    def model(q, k, v):
+        return torch.cond(
+            q.sum() > 0, lambda q, k, v: q @ (k.mT @ v), lambda q, k, v: v * 2.0, (q, k, v)
+        )
+
+    inputs = [torch.rand(2, 3, 20, 8, requires_grad=True) for _ in range(3)]
+    ours = torch.compile(model, backend="bla", options={"inner": "aot_eager"}, fullgraph=True)
+    assert_no_less_accurate(ours, model, inputs)
+    assert counters["bla"]["matched"] > 0
