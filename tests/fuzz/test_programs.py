@@ -105,6 +105,6 @@ def test_programs(p: Program) -> None:
 def test_near_misses(p: Program) -> None:
     report = check(p)
     assert not report.matches, f"{p}\n{report}"
-    # A projection is what every layer has, and an axis of size one is none: nobody asks about those.
+    # A projection is what every layer has, and an axis of size one is none: nobody asks.
     if p.near_miss != "parameter" and min(p.D, p.Dv) > 1:
         assert report.refusals, f"{p}: no reason was given"
