@@ -102,7 +102,8 @@ class _Selector:
         if node not in self.found:
             value = self.value(node)
             self.found[node] = None
-            if value is not None and node.op != "placeholder" and _is_product(value):
+            made = node.op not in ("placeholder", "output")
+            if value is not None and made and _is_product(value):
                 self.found[node] = match(
                     value,
                     lambda factors: self.catalogue.find(factors, node) is not None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bla_inductor.options import Options
 from bla_inductor.rewrite import rewrite
@@ -230,3 +231,24 @@ def test_dynamic_sizes() -> None:
         q, k, v = tensors(*((2, 3, n, 8),) * 3)
         torch.testing.assert_close(ours(q, k, v), model(q, k, v))
     assert set(backend.maps()) == {"q_map", "k_map"}
+
+
+def test_what_a_gpu_could_not_read_wide_is_copied_in_the_graph() -> None:
+    """Channels before pixels: Inductor's copy, not the kernels' own. Fake tensors need no GPU."""
+
+    def model(x):
+        q, k, v = x.chunk(3, 1)
+        q, k, v = (t.unflatten(1, (4, 32)).transpose(-1, -2) for t in (q, k, v))
+        return attention(q.relu(), k.relu(), v)
+
+    with FakeTensorMode():
+        image = torch.empty(2, 384, 256, device="cuda", dtype=torch.bfloat16)
+    graph = fx.symbolic_trace(model)
+    (x,) = graph.graph.find_nodes(op="placeholder")
+    x.meta["example_value"] = image
+    report = rewrite(graph, [image], Options())
+    assert len(report.matches) == 1
+    targets = [str(n.target) for n in graph.graph.nodes]
+    assert targets.count("aten.clone.default") == 3
+    (output,) = graph.graph.find_nodes(op="output")
+    assert output.args[0].target is torch.ops.bla.linear_attention.default
