@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -60,9 +59,10 @@ def test_no_spills(point):
     assert {item.name for item in launches} == KERNELS
     if point != POINTS[0]:  # the others hold one vector, or one narrow tile
         launches = [i for i in launches if i.name in ("attention_kernel", "statistics_kernel")]
-    with ThreadPoolExecutor(2) as pool:  # ptxas is a process of its own
-        compiled = pool.map(lambda item: ahead_of_time.compile_for(item, capability), launches)
-    for item, used in zip(launches, compiled, strict=True):
+    for (
+        item
+    ) in launches:  # not in threads: Python 3.11's ast.parse, which Triton calls, is not safe
+        used = ahead_of_time.compile_for(item, capability)
         label = f"{item.name} sm_{capability} {dict(item.constants)}: {used}"
         assert used.spills == 0, label
         assert used.shared <= SHARED[capability], label
