@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from operator_timing import ELU1, copy_bandwidth, replay_ms
 from torch import Tensor
 
 import bla_inductor.ops  # noqa: F401  (registers the operator)
+from bla_inductor.bench.measure import bandwidth as copy_bandwidth
+from bla_inductor.bench.measure import milliseconds
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ CASES = [
     Case(8, 16, 8192, 64, fp32, fp32),
 ]
 EPS = 1e-6
+ELU1 = "Piecewise((x + 1, x > 0), (exp(x), True))"
 RELU = "Piecewise((x, x > 0), (0, True))"
 
 
@@ -83,8 +85,8 @@ def measure(f: Callable[..., Tensor], case: Case) -> tuple[float, float]:
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     do = torch.randn(case.B, case.H, case.T, case.D, device="cuda").to(case.out_dtype)
     with torch.no_grad():
-        forward = replay_ms(lambda: f(q, k, v, case.out_dtype))
-    both = replay_ms(lambda: torch.autograd.grad(f(*leaves, case.out_dtype), leaves, do))
+        forward = milliseconds(lambda: f(q, k, v, case.out_dtype), "cuda")
+    both = milliseconds(lambda: torch.autograd.grad(f(*leaves, case.out_dtype), leaves, do), "cuda")
     return forward, both - forward
 
 
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=len(CASES), help="so many cases")
     parser.add_argument("--no-inductor", action="store_true", help="time the operator alone")
     options = parser.parse_args()
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth("cuda")
     print(
         f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, copy "
         f"{bandwidth / 1e9:.2f} TB/s"

@@ -20,10 +20,17 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from bla_inductor.kernels import heuristics, launch_backward, launch_forward, launching
+from bla_inductor.kernels import (
+    heuristics,
+    launch_forward,
+    launch_key_pass,
+    launch_query_pass,
+    launching,
+)
 from bla_inductor.kernels.heuristics import Tile
 from bla_inductor.kernels.launching import Map, Numbers, feature_map
-from operator_timing import ELU1, copy_bandwidth
+
+from bla_inductor.bench.measure import bandwidth as copy_bandwidth
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEURISTIC = {
@@ -33,6 +40,8 @@ HEURISTIC = {
     "key": "key_pass_tile",
 }
 RESIDENT = (1, 2, 3, 4, 6, 8, 16)
+
+ELU1 = "Piecewise((x + 1, x > 0), (exp(x), True))"
 
 
 @dataclass(frozen=True)
@@ -87,11 +96,11 @@ def call(kernel: str, t: dict[str, torch.Tensor], precision: str) -> Callable[[]
             t["out"], t["q"], None, t["state"], t["key_sum"], None, numbers, precision, (phi, none)
         )
     if kernel == "query":
-        return lambda: launch_backward._query_pass(
+        return lambda: launch_query_pass.query_pass(
             t["dq"], None, t["do"], t["q"], None, t["state"], t["key_sum"], numbers, precision,
-            launch_backward.Needs(True, True), (phi, none),
+            launch_query_pass.Needs(True, True), (phi, none),
         )  # fmt: skip
-    return lambda: launch_backward._key_pass(
+    return lambda: launch_key_pass.key_pass(
         t["dk"], t["dv"], None, None, t["k"], t["v"], None, None, t["state"], t["key_sum"],
         precision, (phi, none),
     )  # fmt: skip
@@ -168,7 +177,7 @@ def main() -> None:
     ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         prepared = list(pool.map(prepare, jobs))
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth("cuda")
     print(f"# {torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.2f} TB/s, {len(jobs)} jobs")
     original = {name: getattr(heuristics, name) for name in HEURISTIC.values()}
     for (kernel, D, dtype), group in itertools.groupby(

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 import torch
 from bla_inductor.kernels import heuristics
-from operator_timing import ELU1, copy_bandwidth, replay_ms
+from sweep import ELU1
 
 from bla_inductor import kernels
+from bla_inductor.bench.measure import bandwidth as copy_bandwidth
+from bla_inductor.bench.measure import milliseconds
 
 PARTS = (0, 1, 2, 4, 8, 16)
 
@@ -34,10 +36,10 @@ def main() -> None:
         heuristics.short_tile = lambda D, DV, DN, rows: heuristics.Tile(
             n, block(D), block(DV), block(DN), warps, stages
         )
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth("cuda")
     print(f"# {torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.2f} TB/s")
     one = torch.zeros(1, device="cuda")
-    print(f"one addition to one number: {1e3 * replay_ms(lambda: one.add_(1)):.1f} us")
+    print(f"one addition to one number: {1e3 * milliseconds(lambda: one.add_(1), 'cuda'):.1f} us")
     for D in options.dims:
         for B in options.batches:
             for T in options.lengths:
@@ -73,11 +75,11 @@ def _shape(B: int, H: int, T: int, D: int, bandwidth: float) -> None:
             if parts is not None:
                 setattr(heuristics, heuristic, lambda *_, p=parts: p)
             label = "now" if parts is None else str(parts)
-            row.append(f"{label}: {1e3 * replay_ms(f):.1f}")
+            row.append(f"{label}: {1e3 * milliseconds(f, 'cuda'):.1f}")
             if parts == 0:
                 overlaps = heuristics.overlaps_launches
                 heuristics.overlaps_launches = lambda *_: False  # type: ignore[assignment]
-                row.append(f"0-: {1e3 * replay_ms(f):.1f}")
+                row.append(f"0-: {1e3 * milliseconds(f, 'cuda'):.1f}")
                 heuristics.overlaps_launches = overlaps
         setattr(heuristics, heuristic, original)
         floor = 1e3 * units * q.nbytes / bandwidth

@@ -7,20 +7,18 @@ or is not one expression of one tensor, φ(q) is the operand and nothing is lost
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bla_inductor.algebra import Axis, Factor, Observation, Read
+from bla_inductor.algebra.observation import reads_elements
 from bla_inductor.emit import Unemittable
 from bla_inductor.operands import Catalogue, Operand, Source, contracted_dtype
-from bla_inductor.ops.feature_map import parse
-from bla_inductor.ops.feature_torch import apply, gradient
+from bla_inductor.ops.feature_torch import finite_at_zero
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.patterns.feature_maps import FeatureMap, RowWise, X, capture
 
@@ -207,22 +205,11 @@ def _width(dtype: torch.dtype) -> int:
 
 
 def _sayable(found: FeatureMap) -> bool:
-    """Whether the operator's language has words for it, and a number for φ(0).
-
-    The kernels pad their tiles with zeros, and take φ(1) for φ(0) where that is not finite.
-    """
+    """Whether the operator's language has words for it, and its kernels can compute it."""
     try:
-        parse(found.text)
-    except (ValueError, NotImplementedError):
+        return finite_at_zero(found.text)
+    except ValueError:
         return False
-    return _finite_at_zero(found.text)
-
-
-@functools.cache
-def _finite_at_zero(text: str) -> bool:
-    with unset_fake_temporarily():
-        zero = torch.zeros(1, 2)
-        return bool((apply(text, zero) + gradient(text, zero, zero + 1)).isfinite().all())
 
 
 def _is_exact(found: FeatureMap) -> bool:
@@ -241,7 +228,8 @@ def dead_without(root: fx.Node, reads: Iterable[fx.Node], seen: Observation) -> 
     """The nodes that nobody needs once something that reads `reads` has replaced `root`."""
     dead = {root}
     for node in sorted(inside(root, reads, seen), key=seen.position.__getitem__, reverse=True):
-        if node.op != "placeholder" and all(user in dead for user in node.users):
+        users = [user for user in node.users if reads_elements(user)]
+        if node.op != "placeholder" and all(user in dead for user in users):
             dead.add(node)
     return dead
 

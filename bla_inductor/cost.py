@@ -17,8 +17,8 @@ KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Trito
 # H100, bf16, forward and backward beside Inductor on the naive code: at D = 128 0.53 and 1.34 ms to
 # 1.38 and 1.76, at D = 256 0.79 and 1.62 ms to 0.75 and 0.86.
 _FAST_HEAD_DIM = 128
-# H100, bf16, B8 H16 N8192: at D = 72 1.16 and 2.52 ms, at D = 80 0.34 and 1.36.
-_ROW = 16
+_FAST_FLOAT32_HEAD_DIM = 64
+_ROW = 16  # bytes that the kernels read at a time
 _ALWAYS = "options={'rewrite': 'always'} overrides this"
 _INSIDE = {"scores": "matrix of scores q·kᵀ", "state": "state kᵀv"}
 
@@ -71,18 +71,19 @@ def decide(p: Problem) -> Decision:
             f"head dims of {p.c} and {p.d}: above {_FAST_HEAD_DIM} the products are matrix-bound, "
             f"and Inductor's GEMMs are faster than the kernels. {_ALWAYS}",
         )
-    if p.device == "cuda" and (p.c % _ROW or p.d % _ROW):
+    if p.device == "cuda" and (p.c * p.itemsize % _ROW or p.d * p.itemsize % _ROW):
         return Decision(
             False,
-            f"head dims of {p.c} and {p.d}: not multiples of {_ROW}, so the kernels would copy "
-            f"q, k and v into padded rows first. {_ALWAYS}",
+            f"head dims of {p.c} and {p.d}: not multiples of {_ROW // p.itemsize}, so the kernels "
+            f"would copy q, k and v into padded rows first. {_ALWAYS}",
         )
-    if p.device == "cuda" and p.gradients and p.float32 == "highest":
+    wide = max(p.c, p.d) > _FAST_FLOAT32_HEAD_DIM
+    if p.device == "cuda" and p.gradients and p.float32 == "highest" and wide:
         return Decision(
             False,
-            "float32 at matmul precision 'highest': the backward kernels run on the CUDA cores, "
-            "slower than Inductor's; torch.set_float32_matmul_precision('high') lets the tensor "
-            f"cores do it. {_ALWAYS}",
+            f"float32 at matmul precision 'highest', head dims above {_FAST_FLOAT32_HEAD_DIM}: the "
+            "backward kernels are slower than Inductor's; "
+            f"torch.set_float32_matmul_precision('high') makes them faster. {_ALWAYS}",
         )
     if not p.normalised and p.m <= max(p.c, p.d):
         return Decision(
@@ -96,8 +97,18 @@ def decide(p: Problem) -> Decision:
             f"its {_INSIDE[p.alive]} is read by other code as well, so it would be computed twice. "
             f"{_ALWAYS}",
         )
+    if p.alive == "numerator" and not p.normalised:
+        return Decision(
+            False,
+            "the product that it is a slice of is read by other code as well: that is replaced as "
+            f"a whole, where that pays. {_ALWAYS}",
+        )
     if p.alive == "numerator":
-        return Decision(False, "its numerator is read by other code as well, and is replaced alone")
+        return Decision(
+            False,
+            "its numerator is read by other code as well, so the division stays outside the "
+            f"operator: the numerator alone is replaced, where that pays. {_ALWAYS}",
+        )
     gain = p.quadratic_flops() / max(p.linear_flops(), 1)
     if p.quadratic and p.device == "cuda" and gain < 1:
         return Decision(

@@ -6,6 +6,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from bla_inductor.ops.layout import in_wide_rows
+
 Strides = tuple[int, ...]
 
 
@@ -89,17 +91,11 @@ def aligned(x: Tensor | None) -> Tensor | None:
     3.6 makes kernels whose products with 16 columns (Σ k, Σ dz·q) read beyond the end of shared
     memory, as compute-sanitizer shows: wrong results, or an illegal access.
     """
-    if x is None or _readable(x):
+    if x is None or (x.data_ptr() % 16 == 0 and in_wide_rows(x, 16)):
         return x
     features = x.shape[-1]
     copy = x.new_empty([*x.shape[:-1], -(-features // 16) * 16])[..., :features]
     return copy.copy_(x)
-
-
-def _readable(x: Tensor) -> bool:
-    rows = zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    wide = all(size == 1 or stride % 16 == 0 for size, stride in rows)
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and wide
 
 
 class Gradients:

@@ -99,6 +99,19 @@ def round_tf32(x):
 
 
 @triton.jit
+def apart(x):
+    """A product's result, kept from becoming the accumulator of another one: Triton turns
+    a·b + (c·d) into one chain of products.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def power_to_fit(largest):
     """The power of two that brings `largest` (fp32, ≥ 0) into [2^14, 2^15), and its inverse."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
@@ -142,7 +155,8 @@ def scaled(x, factor, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 def in_parts(x):
     """x in fp32 as three bf16 summands: 24 bits."""
     high = x.to(tl.bfloat16)
-    rest = x - high.to(tl.float32)
+    # What is not finite has one part: inf - inf would be NaN.
+    rest = tl.where(tl.abs(high.to(tl.float32)) < float("inf"), x - high.to(tl.float32), 0.0)
     middle = rest.to(tl.bfloat16)
     return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
 
@@ -152,7 +166,8 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b in fp32, for b an input tile or `held`.
 
     native: in a's 16-bit type.   tf32: both rounded to tf32.   ieee: fp32 on the CUDA cores.
-    tf32x2: b as two tf32 parts beside a 16-bit a, three products beside an fp32 a.
+    tf32x2: b as two tf32 parts beside a 16-bit a.   parts: fp32 as three bf16 parts each; see
+    `split_product`.
     """
     if PRECISION == "native":
         return tl.dot(a, b.to(a.dtype), acc)
@@ -161,12 +176,18 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         b = b.to(tl.float32) if b.dtype != tl.float32 else round_tf32(b)
         return tl.dot(a, b, acc, input_precision="tf32")
     elif PRECISION == "tf32x2":
-        if a.dtype == tl.float32:
-            return tl.dot(a, b.to(tl.float32), acc, input_precision="tf32x3")
         a = a.to(tl.float32)
         high = round_tf32(b.to(tl.float32))
         low = b.to(tl.float32) - high
         return tl.dot(a, high, tl.dot(a, low, acc, input_precision="tf32"), input_precision="tf32")
+    elif PRECISION == "parts" and not INTERPRETED:  # whose products of bf16 are wrong
+        a_high, a_middle, a_low = in_parts(a.to(tl.float32))
+        b_high, b_middle, b_low = in_parts(b.to(tl.float32))
+        zeros = tl.zeros(acc.shape, tl.float32)
+        rest = tl.dot(a_middle, b_middle, zeros)
+        rest = tl.dot(a_low, b_high, tl.dot(a_high, b_low, rest))
+        rest = tl.dot(a_middle, b_high, tl.dot(a_high, b_middle, rest))
+        return acc + (apart(tl.dot(a_high, b_high, zeros)) + apart(rest))
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 

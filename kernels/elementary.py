@@ -15,7 +15,8 @@ def exp(x):
     t = x * 1.4426950408889634
     rest = tl.fma(x, 1.4426950408889634, -t) + x * 1.9259629911266175e-08
     e = tl.exp2(t)
-    return tl.where(tl.abs(t) < 126.0, e + e * (rest * 0.6931471805599453), e)
+    normal = (t > -126.0) & (e < float("inf"))
+    return tl.where(normal, e + e * (rest * 0.6931471805599453), e)
 
 
 @triton.jit

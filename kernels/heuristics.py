@@ -42,9 +42,12 @@ def _warps(d: int, v: int, precision: str) -> int:
 
 
 @cache
-def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
+def state_tile(
+    D: int, DV: int, DN: int, precision: str, capability: int, plain: bool = True
+) -> Tile:
     """`state_kernel`: accumulator BLOCK_D × BLOCK_V; on sm_100 it passes through tensor memory and
-    registers both.
+    registers both. plain: neither weights, nor k' of its own, nor exact
+    sums, which take registers.
     """
     d, v = block(D), block(DV)
     if precision == "native":
@@ -57,6 +60,8 @@ def state_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Til
             return Tile(128, d, v, block(DN), 8, 2, 2)
         if capability < 9:
             return Tile(64, d, min(v, 64), block(DN), 8, 3, 1)
+        if plain and capability == 9:
+            return Tile(32, d, v, block(DN), 4, 4, 2)
         return Tile(64, d, v, block(DN), 8, 4, 1)
     v = min(v, 64)
     if precision == "ieee" and max(d, block(DN)) > 64:
@@ -79,9 +84,16 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
             return Tile(128, d, v, block(DN), 8, 3, 16)
         if capability < 9:
             return Tile(64, d, min(v, 64), block(DN), 8, 2, 2)
-        return Tile(64, d, v, block(DN), 8, 3, 2)
+        if d == D:
+            return Tile(128, d, v, block(DN), 8, 3, 1)
+        return Tile(64, d, v, block(DN), 4, 3, 2)
+    if precision == "parts":
+        return Tile(64, d, min(v, 64), block(DN), 4, 2, 2)
     v = min(v, 64, (4096 if precision == "split" else 8192) // d)
-    rows = 32 * 64 // max(64, d) if precision == "ieee" else 32 if d == 256 else 64
+    if precision == "ieee":
+        rows = 32 * 64 // max(64, d)
+    else:
+        rows = 32 if d == 256 else 64
     warps = 8 if precision == "split" and d >= 128 else _warps(d, v, precision)
     return Tile(rows, d, v, block(DN), warps, 1 if d == 256 else 2)
 
@@ -94,6 +106,8 @@ def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -
     d, v = block(D), block(DV)
     if precision == "ieee":
         return Tile(16, d, v, block(DN), 8, 1)
+    if precision == "parts":
+        return Tile(16, d, v, block(DN), 4, 2, 2)
     if precision == "native":
         if d * v <= 4096:
             if capability < 9:  # mma there wants the state in registers
@@ -112,9 +126,13 @@ def key_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> 
             return Tile(64, d, v, block(DN), 4, 4, 1)
         if d * v <= 4096:
             return Tile(64, d, v, block(DN), 8, 4, 4)
-        return Tile(64, d, v, block(DN), 8, 3 if capability >= 9 else 2, 2)
+        if capability < 9:
+            return Tile(64, d, v, block(DN), 8, 2, 2)
+        return Tile(64, d, v, block(DN), 8, 3, 4 if d == D else 1)
     if precision == "ieee":
         return Tile(32, d, v, block(DN), 16 if d * v >= 4096 else 8, 1)
+    if precision == "parts":
+        return Tile(16, d, v, block(DN), 4, 3, 16)
     rows = 32 if d * v >= 4096 else 64
     stages = 1 if d * v > 8192 else 2
     return Tile(rows, d, v, block(DN), _warps(d, v, precision), stages)
@@ -153,9 +171,9 @@ def short_forward_parts(
     if state_in != "native" or output_in not in ("native", "split") or max(D, DV, DN) > 64:
         return 0
     enough = 2 * heads > multiprocessors
-    if M * (D + DV) * itemsize > (256 if enough else 64) * 1024:
+    if M * (D + DV) * itemsize > (256 if enough else 128) * 1024:
         return 0
-    return max(1, min(2 * multiprocessors // heads, 4, -(-N // 64)))
+    return max(1, min(multiprocessors // heads, 4, -(-N // 64)))
 
 
 @cache
@@ -205,7 +223,11 @@ def fused_query_pass(D: int, DV: int, precision: str, capability: int) -> bool:
     It does where both fit into registers: mma on sm_8x wants the state there too, the CUDA cores
     want everything.
     """
-    limit = 1024 if precision == "ieee" else 4096 if capability < 9 else 8192
+    if precision == "native" and capability >= 9:
+        return True
+    limit = (
+        1024 if precision == "ieee" else 4096 if capability < 9 or precision == "parts" else 8192
+    )
     return block(D) * block(DV) <= limit
 
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from bla_inductor.kernels import heuristics, launching
 from bla_inductor.kernels.batch import Batch, aligned
-from bla_inductor.kernels.launching import Map, Numbers, feature_map
+from bla_inductor.kernels.launch_short import short_forward
+from bla_inductor.kernels.launching import Map, Numbers, feature_maps, norm_kind
 from bla_inductor.kernels.output import output_kernel
 from bla_inductor.kernels.precision import output_precision, state_precision
-from bla_inductor.kernels.short import short_forward_kernel
 from bla_inductor.kernels.state import state_kernel, sum_splits
 from torch import Tensor
 
@@ -38,11 +38,11 @@ def forward(
     (*batch, M), bool or float.
     """
     numbers = Numbers(normalizer, scale, norm_scale, eps)
-    q_map, k_map, q_norm_map, k_norm_map = (feature_map(text, q.dtype) for text in maps)
+    functions = feature_maps(maps, q.dtype)
     state_in = state_precision(
         k.dtype, out.dtype, weighted=launching.weight_kind(key_weight) == "float", upcast=upcast
     )
-    output_in = output_precision(q.dtype, out.dtype, upcast=upcast)
+    output_in = output_precision(q.dtype, out.dtype, q.shape[-1], upcast=upcast)
     exact = state_in == "native" and out.dtype == torch.float32
     DN = (k if k_norm is None else k_norm).shape[-1]
     with launching.on(q.device):
@@ -52,17 +52,17 @@ def forward(
             q.element_size(), state_in, output_in, heuristics.multiprocessors(q.device),
         )  # fmt: skip
         if parts and list(out.shape[:-2]) == list(batch):
-            return _short(
-                out, q, k, v, q_norm, k_norm, key_weight, (q_map, k_map, q_norm_map, k_norm_map),
-                numbers, state_in, output_in, exact, parts,
+            return short_forward(
+                out, q, k, v, q_norm, k_norm, key_weight, functions, numbers, state_in, output_in,
+                exact, parts,
             )  # fmt: skip
         state, key_sum = statistics(
-            k, v, k_norm, batch, numbers.normalized, state_in, (k_map, k_norm_map),
+            k, v, k_norm, batch, numbers.normalized, state_in, (functions.k, functions.k_norm),
             None if key_weight is None else (key_weight, key_weight), exact,
         )  # fmt: skip
         apply_state(
             out, q, q_norm, state, key_sum if numbers.normalized else None, None, numbers,
-            output_in, (q_map, q_norm_map),
+            output_in, (functions.q, functions.q_norm),
         )  # fmt: skip
     return state, key_sum
 
@@ -85,8 +85,9 @@ def statistics(
     DN = (k if k_norm is None else k_norm).shape[-1]
     state = k.new_empty([*batch, D, DV], dtype=torch.float32)
     key_sum = k.new_empty([*batch, DN] if normalized else [0], dtype=torch.float32)
-    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(k.device))
     a, b = weights or (None, None)
+    plain = not exact and k_norm is None and launching.weight_kind(a) != "float"
+    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(k.device), plain)
     columns = launching.weight_column(a), launching.weight_column(b)
     operands = Batch(batch, (k, v, k_norm, *columns))
     tiles = -(-DV // tile.BLOCK_V)
@@ -116,7 +117,7 @@ def statistics(
         D=D,
         DV=DV,
         DN=DN,
-        NORM="none" if not normalized else "coupled" if k_norm is None else "decoupled",
+        NORM=norm_kind(normalized, k_norm),
         WEIGHT=launching.weight_kind(a),
         K_MAP=maps[0].forward,
         KN_MAP=maps[1].forward,
@@ -236,75 +237,3 @@ def apply_state(
     operands.finish()
     if weight_grad is not None and partial is not None:
         weight_grad.copy_(partial.sum(0))
-
-
-def _short(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    key_weight: Tensor | None,
-    maps: tuple[Map, Map, Map, Map],
-    numbers: Numbers,
-    state_in: str,
-    output_in: str,
-    exact: bool,
-    parts: int,
-) -> tuple[Tensor, Tensor]:
-    N, M, D, DV = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]
-    DN = (k if k_norm is None else k_norm).shape[-1]
-    batch = out.shape[:-2]
-    state = k.new_empty([*batch, D, DV], dtype=torch.float32)
-    key_sum = k.new_empty([*batch, DN] if numbers.normalized else [0], dtype=torch.float32)
-    tile = heuristics.short_tile(D, DV, DN, max(N, M))
-    operands = Batch(batch, (q, k, v, q_norm, k_norm, launching.weight_column(key_weight)), (out,))
-    rows, parts = heuristics.equal_parts(N, parts, tile)
-    s = operands.strides
-    launching.run(
-        short_forward_kernel,
-        operands.count * parts,
-        *operands.tensors,
-        state,
-        key_sum,
-        N,
-        M,
-        rows,
-        parts,
-        operands.inner,
-        *numbers.values,
-        *s[0],
-        *s[1],
-        *s[2],
-        *s[3],
-        *s[4],
-        *s[5][:3],
-        *s[6],
-        D=D,
-        DV=DV,
-        DN=DN,
-        NORMALIZER=numbers.normalizer,
-        NORM=_norm(numbers, k_norm),
-        DECOUPLED=q_norm is not None,
-        WEIGHT=launching.weight_kind(key_weight),
-        Q_MAP=maps[0].forward,
-        K_MAP=maps[1].forward,
-        QN_MAP=maps[2].forward,
-        KN_MAP=maps[3].forward,
-        EXACT=exact,
-        STATE_PRECISION=state_in,
-        PRECISION=output_in,
-        BIG=operands.big(tile.BLOCK_N),
-        FOLD=tile.FOLD,
-        **launching.blocks(tile),
-        tile=tile,
-    )
-    operands.finish()
-    return state, key_sum
-
-
-def _norm(numbers: Numbers, k_norm: Tensor | None) -> str:
-    if not numbers.normalized:
-        return "none"
-    return "coupled" if k_norm is None else "decoupled"

@@ -1,9 +1,10 @@
 """How every kernel is launched, and what optional arguments look like."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bla_inductor.kernels import heuristics
@@ -38,30 +39,38 @@ class Map:
     gradient: Any = None
 
 
-def feature_map(text: str, dtype: torch.dtype) -> Map:
-    """The compiled feature map of a text, for tensors of `dtype`; "" is the identity.
+class Maps(NamedTuple):
+    """The feature maps of a call."""
 
-    Rows beyond the last are 0 when they meet the map, and multiplied by 0 afterwards: a map that is
-    not finite at 0 takes 1 for it. Where that is a number of the user's, so is what comes of it.
+    q: Map
+    k: Map
+    q_norm: Map
+    k_norm: Map
+
+
+@cache
+def feature_map(text: str, dtype: torch.dtype) -> Map:
+    """The compiled feature map of a text, for tensors of `dtype`; "" is the identity. It has to be
+    finite at 0, with which rows beyond the last meet it, to be multiplied by 0 afterwards.
     """
     if not text:
         return Map()
     from bla_inductor.kernels.feature_map import compiled
 
-    usable = text if _finite_at_zero(text) else f"{_ONE_FOR_ZERO} -> {text}"
-    functions = compiled(usable, fast=dtype != torch.float32)
+    functions = compiled(text, fast=dtype != torch.float32)
     return Map(text, functions.forward, functions.backward)
 
 
-_ONE_FOR_ZERO = "Piecewise((x, x > 0), (x, x < 0), (1, x >= 0), (x, True))"
+def feature_maps(texts: Sequence[str], dtype: torch.dtype) -> Maps:
+    """Those of a call, in the order q, k, q_norm, k_norm."""
+    return Maps(*(feature_map(text, dtype) for text in texts))
 
 
-@cache
-def _finite_at_zero(text: str) -> bool:
-    from bla_inductor.ops.feature_torch import apply, gradient
-
-    x = torch.zeros(1, 16)
-    return bool((apply(text, x) + gradient(text, x, torch.ones_like(x))).isfinite().all())
+def norm_kind(normalized: bool, k_norm: Tensor | None) -> str:
+    """NORM of the kernels."""
+    if not normalized:
+        return "none"
+    return "coupled" if k_norm is None else "decoupled"
 
 
 def weight_kind(weight: Tensor | None) -> str:

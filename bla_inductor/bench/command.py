@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--base", metavar="REF", help="also measure bla at this git revision")
+    parser.add_argument(
+        "--fresh", action="store_true", help="models: time compilations, with empty caches"
+    )
     parser.add_argument("--no-plot", action="store_true")
 
 
@@ -60,13 +63,13 @@ def run(given: argparse.Namespace) -> int:
     base = _base_times(given) if given.base else {}
     rows: list[Row] = []
     print(
-        f"{'case':34}{'run':14}{'provider':>9}{'ms':>9}{'GB/s':>8}{'% copy':>7}{'× Ind.':>7}  note"
+        f"{'case':44}{'run':14}{'provider':>9}{'ms':>9}{'GB/s':>8}{'% copy':>7}{'× Ind.':>7}  note"
     )
     found: Iterator[Row] = (
         row for case in cases for row in _case(case, chosen, given.device, copy)
     )
     if given.suite == "models":
-        found = models.run(chosen, given.device, lengths, given.only)
+        found = models.run(chosen, given.device, lengths, given.only, given.fresh)
     for row in found:
         key = (row.case, row.shape, row.dtype, row.run)
         if row.provider == "bla" and row.ms and key in base:
@@ -145,7 +148,7 @@ def _show(row: Row) -> None:
         return "" if x is None else f"{x:.{digits}f}"
 
     print(
-        f"{row.case + ' ' + row.shape:34.34}{row.run:14}{row.provider:>9}{number(row.ms, 4):>9}"
+        f"{row.case + ' ' + row.shape:44.44}{row.run:14}{row.provider:>9}{number(row.ms, 4):>9}"
         f"{number(row.gbps, 0):>8}{number(row.copy_percent, 0):>7}"
         f"{number(row.inductor_ratio, 2):>7}  {row.note}",
         flush=True,

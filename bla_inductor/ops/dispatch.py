@@ -1,7 +1,8 @@
 """Which implementation runs: Triton for CUDA tensors it covers, ATen for everything else.
 
-ATen takes over on CUDA where Triton is missing, for float64, and for tensors without elements. Head
-dims above the kernels' limit are an error there, not a silent change of algorithm.
+ATen takes over on CUDA where Triton is missing, for float64, for tensors without elements, and for
+feature maps that have no value at zero. Head dims above the kernels' limit are an error there, not
+a silent change of algorithm.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bla_inductor.ops import aten
 from bla_inductor.ops.checks import check_arguments
+from bla_inductor.ops.feature_torch import finite_at_zero
 from bla_inductor.ops.layout import dense_order, empty_dense, key_batch, query_batch
 from bla_inductor.ops.schema import TENSORS, Gradients, Inputs, gradients, lib
 
@@ -55,7 +57,7 @@ def _kernels(x: Inputs, out_dtype: torch.dtype) -> ModuleType | None:
     if x.q.dtype not in _KERNEL_DTYPES or out_dtype not in _KERNEL_DTYPES:
         return None
     given = [(n, t) for n, t in zip(TENSORS, x.tensors, strict=True) if t is not None]
-    if any(t.numel() == 0 for _, t in given):
+    if any(t.numel() == 0 for _, t in given) or not all(map(finite_at_zero, x.maps)):
         return None
     for name, t in given:
         if name != "key_weight" and t.shape[-1] > MAX_HEAD_DIM:

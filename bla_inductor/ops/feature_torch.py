@@ -16,7 +16,7 @@ from torch import Tensor
 from bla_inductor.ops.feature_code import Writer
 from bla_inductor.ops.feature_map import RowWise, parse
 
-__all__ = ["apply", "gradient"]
+__all__ = ["apply", "finite_at_zero", "gradient"]
 
 
 def apply(text: str, x: Tensor) -> Tensor:
@@ -27,6 +27,18 @@ def apply(text: str, x: Tensor) -> Tensor:
 def gradient(text: str, x: Tensor, g: Tensor) -> Tensor:
     """The gradient of x, where g is that of φ(x)."""
     return _functions(text)[1](x, g) if text else g
+
+
+@functools.cache
+def finite_at_zero(text: str) -> bool:
+    """Whether φ(0) and φ'(0) are numbers. The kernels fill their tiles up with zeros, and multiply
+    what φ makes of them by zero.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        zero = torch.zeros(1, 2)
+        return bool((apply(text, zero) + gradient(text, zero, zero + 1)).isfinite().all())
 
 
 @functools.cache

@@ -78,3 +78,15 @@ def reduce_batch(x: Tensor, batch: Sequence[int]) -> Tensor:
     """Sum the batch dims of x that were broadcast from size 1, down to `batch`."""
     dims = [i for i, size in enumerate(batch) if size == 1 and x.shape[i] != 1]
     return x.sum(dims, keepdim=True) if dims else x
+
+
+def in_wide_rows(x: Tensor, unit: int = 0) -> bool:
+    """Whether the kernels can read x 16 bytes at a time along the features, for any address of x
+    that is a multiple of 16. (`kernels.batch.aligned` says why they must.)
+
+    unit: what strides have to be multiples of, where 16 bytes are not enough.
+    """
+    unit = unit or 16 // x.element_size()
+    rows = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    wide = all(known(size == 1) or known(stride % unit == 0) for size, stride in rows)
+    return known(x.stride(-1) == 1) and wide

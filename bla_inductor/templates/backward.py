@@ -37,7 +37,8 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     call = bound(x.inputs)
     do, state = in_tiles("do", x.do), realized(x.state)
     key_sum = realized(x.key_sum) if x.inputs.normalized else None
-    precision = backward_precision(call.dtype, do.get_dtype(), upcast=x.inputs.upcast)
+    widest = max(call.D, call.DV, call.DN)
+    precision = backward_precision(call.dtype, do.get_dtype(), widest, upcast=x.inputs.upcast)
     capability = heuristics.capability(call.device)
     if heuristics.wide_backward(call.D, call.DV, call.DN, precision, capability):
         raise Unsupported(f"head dims {call.D}, {call.DV} in {precision}: a backward in tiles")

@@ -15,6 +15,7 @@ from sympy import Min
 
 from bla_inductor.kernels import heuristics, state
 from bla_inductor.kernels.precision import output_precision, state_precision
+from bla_inductor.ops.feature_torch import finite_at_zero
 from bla_inductor.ops.schema import Inputs
 from bla_inductor.templates import Unsupported, arguments, launch
 from bla_inductor.templates.arguments import broadcast, empty, static
@@ -65,6 +66,9 @@ def bound(x: Any) -> Call:
             setattr(x, name, realized(node) if name == "key_weight" else in_tiles(name, node))
             if any(equal(size, 0) for size in node.get_size()):
                 raise Unsupported(f"{name} has no elements")
+    for text in x.maps:
+        if not finite_at_zero(text):
+            raise Unsupported(f"the feature map {text} has no value at zero")
     D, DV, DN = (static(t.get_size()[-1]) for t in (x.q, x.v, x.key_norm))
     if max(D, DV, DN) > 256:
         raise Unsupported(f"head dims {D}, {DV}, {DN}: the kernels take at most 256")
@@ -101,7 +105,7 @@ def forward(x: Inputs) -> tuple[Node, Node, Node]:
         weighted=arguments.weight_kind(x.key_weight) == "float",
         upcast=x.upcast,
     )
-    output_in = output_precision(call.dtype, out_dtype, upcast=x.upcast)
+    output_in = output_precision(call.dtype, out_dtype, call.D, upcast=x.upcast)
     exact = state_in == "native" and out_dtype == torch.float32
     parts = _short_parts(call, state_in, output_in)
     if parts:
@@ -158,7 +162,8 @@ def statistics(
     D, DV = static(k.get_size()[-1]), static(v.get_size()[-1])
     DN = static((k if k_norm is None else k_norm).get_size()[-1])
     M, normalized = k.get_size()[-2], norm != "none"
-    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device))
+    plain = not exact and k_norm is None and arguments.weight_kind(weights[0]) != "float"
+    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device), plain)
     tiles = -(-DV // tile.BLOCK_V)
     count = arguments.product(batch)
     each, splits = arguments.divided(M, count * tiles, tile, device)

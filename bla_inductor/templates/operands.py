@@ -42,18 +42,22 @@ def realized(x: Node) -> Node:
 
 def in_tiles(name: str, x: Node) -> Node:
     """x realized, for a kernel to read in tiles. Unsupported unless its features are contiguous and
-    all rows aligned: `kernels.batch.aligned` has the reason, and makes the copy.
+    all rows begin at multiples of 16 bytes: `kernels.batch.aligned` has the reason, and makes the
+    copy. There 16 bytes are not enough, since Triton knows of an argument that 16 divides it, or
+    nothing; in a template strides are numbers, or expressions with a number as a factor.
     """
     x = realized(x)
     layout = x.get_layout()
+    V.graph.sizevars.guard_int(layout.size[-1])  # the kernels are compiled for it
 
     def aligned(elements: Expr) -> bool:
-        return bool(V.graph.sizevars.statically_known_multiple_of(sympy.sympify(elements), 16))
+        offset = sympy.sympify(elements * layout.dtype.itemsize)
+        return bool(V.graph.sizevars.statically_known_multiple_of(offset, 16))
 
     rows = zip(layout.size[:-1], layout.stride[:-1], strict=True)
     if (
         not equal(layout.stride[-1], 1)
-        or not aligned(layout.offset * layout.dtype.itemsize)
+        or not aligned(layout.offset)
         or not all(equal(size, 1) or aligned(stride) for size, stride in rows)
     ):
         raise Unsupported(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton
-from bla_inductor.kernels import heuristics, launch_backward, launch_forward, launching
+from bla_inductor.kernels import heuristics, launch_backward, launching
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -106,12 +106,12 @@ def record(call: Any) -> list[Launch]:
         launches.append(_recorded(kernel, args, tile, pdl, constants))
 
     launching.run = run
-    launch_forward.feature_map = launch_backward.feature_map = named
+    launching.feature_map = launch_backward.feature_map = named
     try:
         call()
     finally:
         launching.run = original
-        launch_forward.feature_map = launch_backward.feature_map = feature_map
+        launching.feature_map = launch_backward.feature_map = feature_map
     return list(dict.fromkeys(launches))
 
 

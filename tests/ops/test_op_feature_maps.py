@@ -16,6 +16,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from bla_inductor.lowering import register
+from bla_inductor.ops import dispatch
+from bla_inductor.ops.schema import Inputs
 
 f64 = torch.float64
 ELU1, SOFTMAX, L2, EXP = (PHI[n][0] for n in ("elu + 1", "softmax", "l2 add", "exp"))
@@ -361,3 +363,15 @@ def test_pointwise_maps_of_the_table_are_reached():
     """The table holds each spelling once: a text names one function."""
     assert len({text for text, _ in PHI.values()}) == len(PHI)
     assert len(POINTWISE) > 30
+
+
+@pytest.mark.parametrize(
+    ("text", "covered"), [("relu", True), ("", True), ("1/x", False), ("l2", False)]
+)
+def test_a_map_without_a_value_at_zero_runs_in_aten(text, covered):
+    """The kernels fill their tiles up with zeros; ATen has no tiles."""
+    pytest.importorskip("triton")
+    text = "Piecewise((0, x <= 0), (x, True))" if text == "relu" else text
+    q, k, v = torch.rand(3, 2, 10, 16)
+    made = dispatch._kernels(Inputs(q, k, v, q_map=text), torch.float32)
+    assert (made is not None) == covered

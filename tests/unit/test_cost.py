@@ -39,13 +39,17 @@ def test_a_quadratic_spelling_pays_by_its_flops() -> None:
     [
         ({"c": 300}, "the kernels take at most 256"),
         ({"d": 160}, "Inductor's GEMMs are faster"),
-        ({"c": 72, "d": 72}, "q, k and v into padded rows"),
+        ({"c": 36, "d": 36}, "q, k and v into padded rows"),
         ({"quadratic": True, "n": 16, "m": 16}, "fewer FLOPs than q(kᵀv), so it stays"),
         ({"normalised": False, "m": 64}, "no long axis"),
         ({"alive": "scores"}, "scores q·kᵀ is read by other code"),
         ({"alive": "state", "normalised": False}, "state kᵀv is read by other code"),
-        ({"alive": "numerator"}, "is replaced alone"),
-        ({"gradients": True, "float32": "highest", "itemsize": 4}, "set_float32_matmul_precision"),
+        ({"alive": "numerator", "normalised": True}, "the division stays outside the operator"),
+        ({"alive": "numerator", "normalised": False}, "that is replaced as a whole"),
+        (
+            {"gradients": True, "float32": "highest", "itemsize": 4, "c": 128},
+            "set_float32_matmul_precision",
+        ),
     ],
 )
 def test_refusals_say_why(change, reason) -> None:
@@ -58,7 +62,7 @@ def test_refusals_say_why(change, reason) -> None:
     "change",
     [
         {"c": 300},
-        {"c": 72},
+        {"c": 36},
         {"quadratic": True, "n": 16, "m": 16},
         {"gradients": True, "float32": "highest"},
     ],
