@@ -18,6 +18,11 @@ KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Trito
 # 1.38 and 1.76, at D = 256 0.79 and 1.62 ms to 0.75 and 0.86.
 _FAST_HEAD_DIM = 128
 _FAST_FLOAT32_HEAD_DIM = 64
+# H100: RALA's attention, channels first with q' and k' of its own, so five copies, trains at 0.94
+# of Inductor's speed. Without a normaliser the naive graph moves 8 tensors forward where φ is not
+# the identity, and two copies make the kernels move as many.
+_MOST_COPIES = 3
+_MOST_COPIES_UNNORMALISED = 1
 _ROW = 16  # bytes that the kernels read at a time
 _ALWAYS = "options={'rewrite': 'always'} overrides this"
 _INSIDE = {"scores": "matrix of scores q·kᵀ", "state": "state kᵀv"}
@@ -40,6 +45,8 @@ class Problem:
     itemsize: int
     gradients: bool = False  # it will be differentiated
     float32: str = ""  # torch.get_float32_matmul_precision(), for fp32 operands
+    copied: int = 0  # operands that the kernels cannot read where they are
+    upcast: bool = False  # 16-bit tensors contracted in fp32, which is slow without the kernels
     alive: str = ""  # a product inside that other code reads too: "scores", "state", "numerator"
 
     def linear_flops(self) -> int:
@@ -77,6 +84,16 @@ def decide(p: Problem) -> Decision:
             f"head dims of {p.c} and {p.d}: not multiples of {_ROW // p.itemsize}, so the kernels "
             f"would copy q, k and v into padded rows first. {_ALWAYS}",
         )
+    if p.device == "cuda" and not p.quadratic and not p.upcast:
+        several = p.copied > _MOST_COPIES_UNNORMALISED and not p.normalised
+        when = "" if several else " in training"
+        if several or (p.gradients and p.copied > _MOST_COPIES):
+            return Decision(
+                False,
+                f"{p.copied} of its tensors have their channels apart in memory (channels first), "
+                f"so the kernels would copy them, which takes longer{when} "
+                f"than what they save. {_ALWAYS}",
+            )
     wide = max(p.c, p.d) > _FAST_FLOAT32_HEAD_DIM
     if p.device == "cuda" and p.gradients and p.float32 == "highest" and wide:
         return Decision(

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from bla_inductor.ops.layout import in_wide_rows
+from bla_inductor.ops.layout import readable
 
 Strides = tuple[int, ...]
 
@@ -83,15 +83,17 @@ def _merge(
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """x, or a copy in padded rows unless its features are contiguous and all rows aligned.
+    """x, or a copy in padded rows unless its features are contiguous and all rows aligned (or its
+    tokens, with READ_ALONG_TOKENS).
 
     Triton knows of a stride that it is 1, or a multiple of 16, or nothing. Reading 40 or 72
     features a head element by element takes longer than the copy (H100: 18 % of the copy
-    bandwidth). And where the tiles are read in another way than 16 bytes along the features, Triton
-    3.6 makes kernels whose products with 16 columns (Σ k, Σ dz·q) read beyond the end of shared
-    memory, as compute-sanitizer shows: wrong results, or an illegal access.
+    bandwidth). And where tiles are not read 16 bytes at a time along the features, Triton 3.6 makes
+    kernels whose products with 16 columns (Σ k, Σ dz·q) read beyond the end of shared memory, as
+    compute-sanitizer shows: wrong results, or an illegal access. Where the tokens are contiguous
+    the kernels take these sums without tensor cores (COLUMNS).
     """
-    if x is None or (x.data_ptr() % 16 == 0 and in_wide_rows(x, 16)):
+    if x is None or (x.data_ptr() % 16 == 0 and readable(x, 16)):
         return x
     features = x.shape[-1]
     copy = x.new_empty([*x.shape[:-1], -(-features // 16) * 16])[..., :features]

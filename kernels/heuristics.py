@@ -15,8 +15,7 @@ import torch
 @dataclass(frozen=True)
 class Tile:
     """Block sizes (rows of the sequence, features, value channels, normaliser features), warps,
-    pipeline stages, how many programs are meant to run on one multiprocessor at a time, and whether
-    sums over the sequence are folded to one row in every step.
+    pipeline stages, and how many programs are meant to run on one multiprocessor at a time.
     """
 
     BLOCK_N: int
@@ -26,7 +25,6 @@ class Tile:
     num_warps: int
     num_stages: int
     resident: int = 4
-    FOLD: bool = False
 
 
 SUM_TILE = Tile(512, 16, 16, 16, 4, 1)
@@ -46,8 +44,8 @@ def state_tile(
     D: int, DV: int, DN: int, precision: str, capability: int, plain: bool = True
 ) -> Tile:
     """`state_kernel`: accumulator BLOCK_D × BLOCK_V; on sm_100 it passes through tensor memory and
-    registers both. plain: neither weights, nor k' of its own, nor exact
-    sums, which take registers.
+    registers both. plain: nothing else takes registers, such as weights, a k' of its own, exact
+    sums or tiles read along the rows.
     """
     d, v = block(D), block(DV)
     if precision == "native":
@@ -99,9 +97,11 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
 
 
 @cache
-def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
+def query_pass_tile(
+    D: int, DV: int, DN: int, precision: str, capability: int, columns: bool = True
+) -> Tile:
     """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both
-    BLOCK_D × BLOCK_V.
+    BLOCK_D × BLOCK_V. columns: COLUMNS of the kernel.
     """
     d, v = block(D), block(DV)
     if precision == "ieee":
@@ -112,7 +112,7 @@ def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -
         if d * v <= 4096:
             if capability < 9:  # mma there wants the state in registers
                 return Tile(32, d, v, block(DN), 8, 2, 2)
-            return Tile(64, d, v, block(DN), 4, 3, 2)
+            return Tile(64 if columns else 32, d, v, block(DN), 4, 3, 2)
         return Tile(32, d, v, block(DN), 8, 3, 1)
     return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 

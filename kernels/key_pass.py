@@ -15,6 +15,7 @@ from bla_inductor.kernels.common import (
     mapped,
     operand,
     product,
+    rows_left,
     scaled,
     through_map,
     tile_mask,
@@ -29,7 +30,7 @@ def key_gradients(
     skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
@@ -51,7 +52,7 @@ def key_gradients(
             dk_ptr, dv_ptr, dn_ptr, da_ptr,
             for_dk, factor_dk, for_dv, factor_dv, dsum, last - first - n,
             skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
-            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORM, WEIGHT,
             NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
             K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip
@@ -72,7 +73,7 @@ def _write_tile(
     skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    COLUMNS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
@@ -90,7 +91,7 @@ def _write_tile(
     rdn = tile_range(BLOCK_DN, BIG)
     columns = column_mask(rd, D, BLOCK_D)
     columns_n = column_mask(rdn, DN, BLOCK_DN)
-    rows = rn < left
+    rows = rows_left(rn, left, COLUMNS)
     inside = rows
     if WEIGHT == "mask":
         inside = rows & (tl.load(a_ptr + rn * san, mask=rows, other=0) != 0)
@@ -173,6 +174,7 @@ def key_pass_kernel(
     ss0, ss1, sz0, sz1,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
+    COLUMNS: tl.constexpr,  # no tile is read along its rows
     NORM: tl.constexpr,  # "none", "coupled" (k' is k) or "decoupled"
     WEIGHT: tl.constexpr,  # "none", "mask" or "float"
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
@@ -187,7 +189,7 @@ def key_pass_kernel(
     batch = pid // CHUNKS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = chunk * ROWS
+    first = chunk * (ROWS // 8 * 8)  # a multiple of 8, as the compiler has to see
     last = tl.minimum(first + ROWS, M)
     first64 = first.to(tl.int64)
     cd = tl.arange(0, BLOCK_D)
@@ -214,7 +216,7 @@ def key_pass_kernel(
         DA + b0 * sda0 + b1 * sda1 + first64 * sdan,
         dstate, dsum, first, last,
         skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORM, WEIGHT,
         NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
         K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip

@@ -56,7 +56,13 @@ def backward(
         column = None if dweight is None else dweight.unsqueeze(-1)
         batch, key_batch = do.shape[:-2], state.shape[:-2]
         parts = 0
-        if not wide and batch == key_batch and (dk, dv, dk_norm, dweight) != (None,) * 4:
+        columns = launching.in_columns(do, q, k, v, q_norm, k_norm)  # else registers are short
+        if (
+            not wide
+            and columns
+            and batch == key_batch
+            and (dk, dv, dk_norm, dweight) != (None,) * 4
+        ):
             parts = heuristics.short_backward_parts(
                 batch.numel(), q.shape[-2], k.shape[-2], D, DV, DN, q.element_size(), precision,
                 heuristics.multiprocessors(q.device),

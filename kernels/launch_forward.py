@@ -86,10 +86,11 @@ def statistics(
     state = k.new_empty([*batch, D, DV], dtype=torch.float32)
     key_sum = k.new_empty([*batch, DN] if normalized else [0], dtype=torch.float32)
     a, b = weights or (None, None)
-    plain = not exact and k_norm is None and launching.weight_kind(a) != "float"
+    columns = launching.in_columns(k, v, k_norm)
+    plain = columns and not exact and k_norm is None and launching.weight_kind(a) != "float"
     tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(k.device), plain)
-    columns = launching.weight_column(a), launching.weight_column(b)
-    operands = Batch(batch, (k, v, k_norm, *columns))
+    weight_columns = launching.weight_column(a), launching.weight_column(b)
+    operands = Batch(batch, (k, v, k_norm, *weight_columns))
     tiles = -(-DV // tile.BLOCK_V)
     rows, splits = heuristics.divide_rows(M, operands.count * tiles, tile, k.device)
     out_state, out_sum, state_stride, sum_stride = state, key_sum, D * DV, DN
@@ -124,7 +125,7 @@ def statistics(
         EXACT=exact,
         PRECISION=precision,
         BIG=operands.big(tile.BLOCK_N),
-        FOLD=tile.FOLD,
+        COLUMNS=columns,
         **launching.blocks(tile),
         tile=tile,
         pdl=True,
@@ -219,6 +220,7 @@ def apply_state(
         D=D,
         DV=DV,
         DN=DN,
+        COLUMNS=launching.in_columns(x, x_norm),
         NORMALIZER=numbers.normalizer,
         DECOUPLED=x_norm is not None,
         HAS_BIAS=bias is not None,

@@ -57,6 +57,7 @@ def key_pass(
         D=D,
         DV=DV,
         DN=DN,
+        COLUMNS=launching.in_columns(k, v, k_norm),
         NORM=norm_kind(dsum is not None, k_norm),
         WEIGHT=launching.weight_kind(key_weight),
         NEED_DK=dk is not None,

@@ -43,7 +43,8 @@ def query_pass(
     batch, key_batch = do.shape[:-2], state.shape[:-2]
     capability = heuristics.capability(q.device)
     fused = heuristics.fused_query_pass(D, DV, precision, capability)
-    tile = heuristics.query_pass_tile(D, DV, DN, precision, capability)
+    columns = launching.in_columns(q, do, q_norm)
+    tile = heuristics.query_pass_tile(D, DV, DN, precision, capability, columns)
     weights = None
     if any(needs) and not fused:
         weights = _token_weights(q, batch, numbers)
@@ -97,7 +98,7 @@ def query_pass(
         QN_MAP_GRAD=maps[1].gradient,
         PRECISION=precision,
         BIG=operands.big(tile.BLOCK_N),
-        FOLD=tile.FOLD,
+        COLUMNS=columns,
         **launching.blocks(tile),
         tile=tile,
         pdl=True,

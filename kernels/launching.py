@@ -73,6 +73,11 @@ def norm_kind(normalized: bool, k_norm: Tensor | None) -> str:
     return "coupled" if k_norm is None else "decoupled"
 
 
+def in_columns(*tensors: Tensor | None) -> bool:
+    """COLUMNS of the kernels: every tile is read along its features."""
+    return all(t is None or t.stride(-1) == 1 for t in tensors)
+
+
 def weight_kind(weight: Tensor | None) -> str:
     """WEIGHT of the kernels."""
     if weight is None:

@@ -23,6 +23,7 @@ from bla_inductor.kernels.common import (
     once,
     operand,
     product,
+    rows_left,
     scaled,
     through_map,
     tile_mask,
@@ -39,7 +40,7 @@ def query_gradients(
     sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
+    COLUMNS: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
     NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
     STORE_WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
@@ -53,15 +54,15 @@ def query_gradients(
     norm_scale.
     """
     NEED_T: tl.constexpr = NEED_DQ or NORMALIZER != "none"
-    COLUMNS: tl.constexpr = NORMALIZER != "none" and PRECISION == "native" and not DECOUPLED
+    TENSOR_SUMS: tl.constexpr = (
+        COLUMNS and NORMALIZER != "none" and PRECISION == "native" and not DECOUPLED
+    )
     factor = 1.0
     if NEED_T:
         state, factor = held(tl.trans(state), 0, do_ptr.dtype.element_ty, PRECISION)
     dstate = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
-    if COLUMNS:
+    if TENSOR_SUMS:
         sums = tl.zeros((BLOCK_D, 16), tl.float32)
-    elif FOLD:
-        sums = tl.zeros((BLOCK_DN,), tl.float32)
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_DN), tl.float32)
     for n in range(0, last - first, BLOCK_N):
@@ -71,9 +72,9 @@ def query_gradients(
             state, factor, key_sum, dstate, sums, last - first - n,
             n, own_first, own_last, scale, norm_scale, eps,
             sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
-            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, FOLD, NORMALIZER, DECOUPLED,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
             NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, PARTIAL,
-            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, COLUMNS,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS, COLUMNS,
         )  # fmt: skip
         do_ptr += BLOCK_N * sgn
         q_ptr += BLOCK_N * sqn
@@ -82,10 +83,8 @@ def query_gradients(
         n_ptr += BLOCK_N * snn
         w_ptr += BLOCK_N
         z_ptr += BLOCK_N
-    if COLUMNS:
+    if TENSOR_SUMS:
         return dstate, tl.sum(sums, 1)
-    elif FOLD:
-        return dstate, sums
     else:
         return dstate, tl.sum(sums, 0)
 
@@ -98,13 +97,14 @@ def _tile_gradients(
     sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
+    NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
     NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
     STORE_WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr, TENSOR_SUMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dstate and sums with one tile added, of which `left` rows are left; writes its dq, dq', if
     PARTIAL only of the rows within own_first … own_last, counted from the first tile as n is.
@@ -113,7 +113,7 @@ def _tile_gradients(
     rd = tile_range(BLOCK_D, BIG)
     rv = tile_range(BLOCK_V, BIG)
     rdn = tile_range(BLOCK_DN, BIG)
-    inside = rn < left
+    inside = rows_left(rn, left, COLUMNS)
     q_mask = tile_mask(inside, rd, D, BLOCK_D, False)
     do_mask = tile_mask(inside, rv, DV, BLOCK_V, False)
     raw = tl.load(q_ptr + rn[:, None] * sqn + rd[None, :] * sqd, mask=q_mask, other=0.0)
@@ -152,9 +152,8 @@ def _tile_gradients(
                 own = inside & (n + rn >= own_first) & (n + rn < own_last)
                 n_mask = tile_mask(own, rdn, DN, BLOCK_DN, False)
             tl.store(dn_ptr + dn_offsets, dqn.to(dn_ptr.dtype.element_ty), mask=n_mask)
-        if NEED_DSUM and not COLUMNS:
-            weighted = qn * dz[:, None]
-            sums += tl.sum(weighted, 0) if FOLD else weighted
+        if NEED_DSUM and not TENSOR_SUMS:
+            sums += qn * dz[:, None]
         if STORE_WEIGHTS:
             rows = tl.arange(0, BLOCK_N)
             tl.store(w_ptr + rows, w, mask=inside)
@@ -174,7 +173,7 @@ def _tile_gradients(
         rows = once(rows, Q_MAP)
         if NEED_DSTATE:
             dstate = add_product(rows, do, factor, dstate)
-        if COLUMNS and NEED_DSUM:
+        if TENSOR_SUMS and NEED_DSUM:
             parts, parts_factor = in_columns(ratio, raw.dtype)
             sums = add_product(rows, parts, factor * parts_factor, sums)
     elif NEED_DSTATE:
@@ -196,7 +195,7 @@ def query_pass_kernel(
     DSTATE_STRIDE, DSUM_STRIDE,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    FOLD: tl.constexpr,  # fewer registers for dkey_sum
+    COLUMNS: tl.constexpr,  # dkey_sum on the tensor cores, see `in_columns`
     NORMALIZER: tl.constexpr,
     DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
@@ -216,7 +215,7 @@ def query_pass_kernel(
     batch = slot // SPLITS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = split * ROWS
+    first = split * (ROWS // 8 * 8)  # a multiple of 8, as the compiler has to see
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
     wait_for_previous(PDL)
@@ -242,7 +241,7 @@ def query_pass_kernel(
         DQN + b0 * sdn0 + b1 * sdn1 + first64 * sdnn,
         W + row, DZ + row, state, key_sum, first, last, 0, 0, scale, norm_scale, eps,
         sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, FOLD, NORMALIZER, DECOUPLED,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORMALIZER, DECOUPLED,
         NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, False,
         Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip

@@ -1,22 +1,27 @@
 """Which implementation runs: Triton for CUDA tensors it covers, ATen for everything else.
 
-ATen takes over on CUDA where Triton is missing, for float64, for tensors without elements, and for
-feature maps that have no value at zero. Head dims above the kernels' limit are an error there, not
-a silent change of algorithm.
+ATen takes over on CUDA where Triton is missing, for float64, for tensors without elements, for
+feature maps that have no value at zero, and, with a warning, where Triton does not compile a kernel
+for this GPU. Head dims above the kernels' limit are an error there, not a silent change of
+algorithm.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bla_inductor import failures
 from bla_inductor.ops import aten
 from bla_inductor.ops.checks import check_arguments
 from bla_inductor.ops.feature_torch import finite_at_zero
 from bla_inductor.ops.layout import dense_order, empty_dense, key_batch, query_batch
 from bla_inductor.ops.schema import TENSORS, Gradients, Inputs, gradients, lib
+
+log = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 256
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -75,6 +80,35 @@ def _kernels(x: Inputs, out_dtype: torch.dtype) -> ModuleType | None:
     return kernels
 
 
+# Calls that Triton did not compile: it would try again, for seconds, on every one.
+_uncompiled: set[tuple[Any, ...]] = set()
+
+
+def _compiled_or(otherwise: Callable[[], Any], run: Callable[[], Any], key: tuple[Any, ...]) -> Any:
+    """run(), or otherwise() where Triton cannot compile what it launches; key: the kernels."""
+    if key in _uncompiled:
+        return otherwise()
+    try:
+        return run()
+    except Exception as error:
+        if not _of_compilation(error):
+            raise
+        _uncompiled.add(key)
+        failures.warn_once(log, "ATen computes this attention, more slowly", error)
+        return otherwise()
+
+
+def _of_compilation(error: Exception) -> bool:
+    """Whether Triton or ptxas refused a kernel, or the GPU has too little for it."""
+    return type(error).__module__.startswith("triton.") or "PassManager" in str(error)
+
+
+def _key(x: Inputs, dtype: torch.dtype, *more: Any) -> tuple[Any, ...]:
+    dims = [None if t is None else t.shape[-1] for t in x.tensors[:5]]
+    weight = None if x.key_weight is None else x.key_weight.dtype
+    return (x.q.device, x.q.dtype, dtype, *dims, weight, x.normalizer, x.upcast, *x.maps, *more)
+
+
 def _forward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     x = Inputs(*args, **kwargs)
     check_arguments(x)
@@ -82,11 +116,15 @@ def _forward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     kernels = _kernels(x, dtype)
     if kernels is None:
         return _run_aten(x, keep_state=True)  # type: ignore[return-value]
-    sizes = [*query_batch(x.tensors), x.q.shape[-2], x.v.shape[-1]]
-    out = empty_dense(x.q, sizes, dtype, x.out_order)
-    batch = key_batch(x.k, x.v, x.k_norm, x.key_weight)
-    state, key_sum = kernels.forward(out, *x.tensors, batch, x.maps, *x.numbers, x.upcast)
-    return out, state, key_sum
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        sizes = [*query_batch(x.tensors), x.q.shape[-2], x.v.shape[-1]]
+        out = empty_dense(x.q, sizes, dtype, x.out_order)
+        batch = key_batch(x.k, x.v, x.k_norm, x.key_weight)
+        state, key_sum = kernels.forward(out, *x.tensors, batch, x.maps, *x.numbers, x.upcast)
+        return out, state, key_sum
+
+    return _compiled_or(lambda: _run_aten(x, keep_state=True), run, _key(x, dtype))
 
 
 def _attention_cuda(*args: Any, **kwargs: Any) -> Tensor:
@@ -99,14 +137,18 @@ def _backward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     kernels = _kernels(x, call.do.dtype)
     if kernels is None:
         return _run_backward_aten(call)
-    grads = [
-        empty_dense(t, t.shape, t.dtype, call.order(i)) if t is not None and need else None
-        for i, (t, need) in enumerate(zip(x.tensors, call.needs, strict=True))
-    ]
-    kernels.backward(
-        grads, call.do, *x.tensors, call.state, call.key_sum, x.maps, *x.numbers, x.upcast
-    )
-    return tuple(x.q.new_empty(0) if g is None else g for g in grads)
+
+    def run() -> tuple[Tensor, ...]:
+        grads = [
+            empty_dense(t, t.shape, t.dtype, call.order(i)) if t is not None and need else None
+            for i, (t, need) in enumerate(zip(x.tensors, call.needs, strict=True))
+        ]
+        kernels.backward(
+            grads, call.do, *x.tensors, call.state, call.key_sum, x.maps, *x.numbers, x.upcast
+        )
+        return tuple(x.q.new_empty(0) if g is None else g for g in grads)
+
+    return _compiled_or(lambda: _run_backward_aten(call), run, _key(x, call.do.dtype, *call.needs))
 
 
 def gradient_orders(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -22,7 +22,7 @@ from bla_inductor.templates import Unsupported, arguments
 from bla_inductor.templates.arguments import empty
 from bla_inductor.templates.forward import Call, bound
 from bla_inductor.templates.key_pass import key_pass, short_backward
-from bla_inductor.templates.operands import Expr, Node, equal, in_tiles, realized
+from bla_inductor.templates.operands import Expr, Node, equal, in_columns, in_tiles, realized
 from bla_inductor.templates.query_pass import query_pass
 from bla_inductor.templates.wanted import NAMES, Wanted
 
@@ -43,7 +43,9 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     if heuristics.wide_backward(call.D, call.DV, call.DN, precision, capability):
         raise Unsupported(f"head dims {call.D}, {call.DV} in {precision}: a backward in tiles")
     key_side = any(x.needs[i] for i in (1, 2, 4, 5))
-    parts = _short_parts(call, x, precision) if key_side else 0
+    inputs = x.inputs
+    columns = in_columns(do, inputs.q, inputs.k, inputs.v, inputs.q_norm, inputs.k_norm)
+    parts = _short_parts(call, x, precision) if key_side and columns else 0
     joined, places = None, {}
     if packed is not None:
         joined = empty(packed[0], call.dtype, call.device)

@@ -19,7 +19,15 @@ from bla_inductor.ops.feature_torch import finite_at_zero
 from bla_inductor.ops.schema import Inputs
 from bla_inductor.templates import Unsupported, arguments, launch
 from bla_inductor.templates.arguments import broadcast, empty, static
-from bla_inductor.templates.operands import Expr, Node, Operands, equal, in_tiles, realized
+from bla_inductor.templates.operands import (
+    Expr,
+    Node,
+    Operands,
+    equal,
+    in_columns,
+    in_tiles,
+    realized,
+)
 from bla_inductor.templates.output import apply_state, short_forward
 
 MOST_SPLITS = 64
@@ -162,7 +170,9 @@ def statistics(
     D, DV = static(k.get_size()[-1]), static(v.get_size()[-1])
     DN = static((k if k_norm is None else k_norm).get_size()[-1])
     M, normalized = k.get_size()[-2], norm != "none"
-    plain = not exact and k_norm is None and arguments.weight_kind(weights[0]) != "float"
+    columns = in_columns(k, v, k_norm)
+    light = columns and not exact and k_norm is None
+    plain = light and arguments.weight_kind(weights[0]) != "float"
     tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device), plain)
     tiles = -(-DV // tile.BLOCK_V)
     count = arguments.product(batch)
@@ -216,6 +226,7 @@ def statistics(
             "D": D,
             "DV": DV,
             "DN": DN,
+            "COLUMNS": columns,
             "NORM": norm,
             "WEIGHT": arguments.weight_kind(weight),
             "EXACT": exact,

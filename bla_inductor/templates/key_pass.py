@@ -9,7 +9,7 @@ from bla_inductor.kernels.short import short_backward_kernel
 from bla_inductor.templates import arguments, launch
 from bla_inductor.templates.forward import Call
 from bla_inductor.templates.launch import both
-from bla_inductor.templates.operands import Node, Operands, realized
+from bla_inductor.templates.operands import Node, Operands, in_columns, realized
 from bla_inductor.templates.wanted import NAMES, Wanted, needs
 
 
@@ -54,6 +54,7 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
             "D": D,
             "DV": DV,
             "DN": DN,
+            "COLUMNS": in_columns(x.k, x.v, x.k_norm),
             "NORM": call.norm if dsum is not None else "none",
             "WEIGHT": arguments.weight_kind(x.key_weight),
             **needs(wanted, "DK", "DVALUE", "DKN", "DA"),
@@ -122,6 +123,7 @@ def short_backward(
             "DV": call.DV,
             "DN": call.DN,
             "NORMALIZER": x.normalizer,
+            "COLUMNS": in_columns(do, x.q, x.k, x.v, x.q_norm, x.k_norm),
             "NORM": call.norm,
             "DECOUPLED": x.q_norm is not None,
             "WEIGHT": arguments.weight_kind(x.key_weight),

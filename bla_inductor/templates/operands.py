@@ -15,6 +15,7 @@ from torch._inductor import ir
 from torch._inductor.codegen.triton import texpr
 from torch._inductor.virtualized import V
 
+from bla_inductor.ops.layout import READ_ALONG_TOKENS
 from bla_inductor.templates import Unsupported
 
 Node: TypeAlias = Any
@@ -43,8 +44,9 @@ def realized(x: Node) -> Node:
 def in_tiles(name: str, x: Node) -> Node:
     """x realized, for a kernel to read in tiles. Unsupported unless its features are contiguous and
     all rows begin at multiples of 16 bytes: `kernels.batch.aligned` has the reason, and makes the
-    copy. There 16 bytes are not enough, since Triton knows of an argument that 16 divides it, or
-    nothing; in a template strides are numbers, or expressions with a number as a factor.
+    copy. There 16 bytes are not enough, since Triton knows of an argument
+    that 16 divides it, or nothing; in a template strides are numbers, or expressions with a number
+    as a factor.
     """
     x = realized(x)
     layout = x.get_layout()
@@ -54,17 +56,28 @@ def in_tiles(name: str, x: Node) -> Node:
         offset = sympy.sympify(elements * layout.dtype.itemsize)
         return bool(V.graph.sizevars.statically_known_multiple_of(offset, 16))
 
-    rows = zip(layout.size[:-1], layout.stride[:-1], strict=True)
-    if (
-        not equal(layout.stride[-1], 1)
-        or not aligned(layout.offset)
-        or not all(equal(size, 1) or aligned(stride) for size, stride in rows)
-    ):
+    pairs = zip(layout.size, layout.stride, strict=True)
+    wide = [equal(size, 1) or aligned(stride) for size, stride in pairs]
+    features = contiguous(x, -1) and all(wide[:-1])
+    tokens = READ_ALONG_TOKENS and contiguous(x, -2) and all(wide[:-2]) and wide[-1]
+    if tokens:
+        tokens = bool(V.graph.sizevars.statically_known_multiple_of(layout.size[-2], 8))
+    if not aligned(layout.offset) or not (features or tokens):
         raise Unsupported(
             f"{name} has strides {list(layout.stride)}: the features are not contiguous, or the "
             "rows not aligned, so it is copied first"
         )
     return x
+
+
+def contiguous(x: Node, dim: int) -> bool:
+    """Whether x is known to be contiguous along a dim."""
+    return equal(x.get_layout().stride[dim], 1)
+
+
+def in_columns(*nodes: Node | None) -> bool:
+    """COLUMNS of the kernels: every tile is read along its features."""
+    return all(x is None or contiguous(x, -1) for x in nodes)
 
 
 class Operands:

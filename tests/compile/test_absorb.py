@@ -252,3 +252,40 @@ def test_what_a_gpu_could_not_read_wide_is_copied_in_the_graph() -> None:
     assert targets.count("aten.clone.default") == 3
     (output,) = graph.graph.find_nodes(op="output")
     assert output.args[0].target is torch.ops.bla.linear_attention.default
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("first", ["channels", "tokens"])
+def test_many_copies_do_not_pay_in_training(first: str, training: bool) -> None:
+    """RALA's layout: q' and k' beside q and k, all with channels before pixels."""
+
+    def model(x, cos):
+        if first == "channels":
+            q, k, v = x.chunk(3, 1)
+            q, k, v = (t.unflatten(1, (4, 32)).transpose(-1, -2) for t in (q, k, v))
+        else:
+            q, k, v = x.chunk(3, 2)
+            q, k, v = (t.unflatten(2, (4, 32)).transpose(1, 2) for t in (q, k, v))
+        q, k = q.relu(), k.relu()
+        z = q @ k.sum(-2).unsqueeze(-1) + 1e-6
+        return (q * cos) @ ((k * cos).mT @ v) / z
+
+    with FakeTensorMode():
+        shape = (2, 384, 256) if first == "channels" else (2, 256, 384)
+        image = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        cos = torch.empty(256, 32, device="cuda", dtype=torch.bfloat16)
+        image.requires_grad_(training)
+    graph = fx.symbolic_trace(model)
+    for node, value in zip(graph.graph.find_nodes(op="placeholder"), (image, cos), strict=True):
+        node.meta["example_value"] = value
+    (output,) = graph.graph.find_nodes(op="output")
+    with FakeTensorMode():
+        result = torch.empty(2, 4, 256, 32, device="cuda", dtype=torch.bfloat16)
+    output.args[0].meta["example_value"] = result.requires_grad_(training)
+    report = rewrite(graph, [image, cos], Options())
+    declined = first == "channels" and training
+    assert len(report.matches) == (not declined)
+    if declined:  # and the numerator by itself as well
+        reasons = [refusal.reason.split(" (")[0] for refusal in report.refusals]
+        told = "of its tensors have their channels apart in memory"
+        assert sorted(reasons) == [f"3 {told}", f"5 {told}"]

@@ -13,6 +13,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from bla_inductor.kernels import heuristics, launching
+from bla_inductor.kernels.batch import aligned
 from linear_attention_formula import (
     FACTOR,
     NAMES,
@@ -24,6 +25,7 @@ from linear_attention_formula import (
 )
 
 from bla_inductor import kernels
+from bla_inductor.ops import layout
 from bla_inductor.ops.layout import broadcast, key_batch
 
 fp16, fp32 = torch.float16, torch.float32
@@ -239,6 +241,31 @@ def test_float32_result_of_fp16(d):
 def test_ragged_lengths_and_layouts(make, n):
     tensors, do = inputs(n, 130 - n, 20, 20, fp32, make)
     check(tensors, do.mT.contiguous().mT)
+
+
+@pytest.mark.parametrize("which", ["qkv", "v", "k", "do"])
+@pytest.mark.parametrize("n", [48, 528])
+def test_tokens_beside_each_other_are_read_where_they_are(which, n, monkeypatch):
+    """What a 1×1 convolution makes: nothing is copied, and sums avoid the tensor cores."""
+    columns = []
+    original = launching.run
+
+    def run(kernel, *args, **constants):
+        columns.append(constants.get("COLUMNS"))
+        return original(kernel, *args, **constants)
+
+    monkeypatch.setattr(layout, "READ_ALONG_TOKENS", True)
+
+    def moved(name, x):
+        return x.mT.contiguous().mT if name in which else x.contiguous()
+
+    (q, k, v), do = inputs(n, 3 * n, 32, 32, fp16)
+    q, k, v = moved("q", q), moved("k", k), moved("v", v)
+    assert all(aligned(x) is x for x in (q, k, v))
+    monkeypatch.setattr(launching, "run", run)
+    check((q, k, v), moved("do", do), maps=(ELU1, ELU1, "", ""))
+    assert False in columns
+    assert (True in columns) == (which != "qkv")
 
 
 @pytest.mark.parametrize("d", [16, 136])

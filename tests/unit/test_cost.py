@@ -40,6 +40,9 @@ def test_a_quadratic_spelling_pays_by_its_flops() -> None:
         ({"c": 300}, "the kernels take at most 256"),
         ({"d": 160}, "Inductor's GEMMs are faster"),
         ({"c": 36, "d": 36}, "q, k and v into padded rows"),
+        ({"gradients": True, "copied": 5}, "5 of its tensors have their channels apart"),
+        ({"gradients": True, "copied": 5}, "takes longer in training than"),
+        ({"normalised": False, "copied": 2}, "takes longer than"),
         ({"quadratic": True, "n": 16, "m": 16}, "fewer FLOPs than q(kᵀv), so it stays"),
         ({"normalised": False, "m": 64}, "no long axis"),
         ({"alive": "scores"}, "scores q·kᵀ is read by other code"),
@@ -61,8 +64,23 @@ def test_refusals_say_why(change, reason) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"copied": 5},
+        {"copied": 3, "gradients": True},
+        {"copied": 1, "normalised": False},
+        {"copied": 3, "normalised": False, "quadratic": True},
+        {"copied": 5, "gradients": True, "upcast": True},
+    ],
+)
+def test_few_copies_pay_and_those_beside_a_slow_graph(change) -> None:
+    assert decide(replace(ATTENTION, **change)).pays
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"c": 300},
         {"c": 36},
+        {"gradients": True, "copied": 5},
         {"quadratic": True, "n": 16, "m": 16},
         {"gradients": True, "float32": "highest"},
     ],
