@@ -5,10 +5,14 @@ package offers besides is loaded on first use, because torch itself imports this
 starts whenever TORCH_LOGS names `bla_inductor`.
 
     explain(model, *args, **kwargs)   what would be rewritten, and what not and why: a Report
+    verify(model, *args, **kwargs)    how accurate what is rewritten is, against fp64
+    debug(folder)                     a context: writes down all that is compiled in it
     rewrite_exported(program)         the same rewriting for a program of torch.export
     Report, Match, Refusal            what `explain` returns and what the log prints
     Options                           the backend's options, their defaults and BLA_* variables
+    Verification, Comparison          what `verify` returns
     BlaOptionError, BlaNoMatchError   what a compilation may raise: see `bla_inductor.errors`
+    BlaVerificationError              what a verified call may raise
 """
 
 import importlib
@@ -17,35 +21,53 @@ from typing import TYPE_CHECKING, Any
 from bla_inductor._version import __version__
 
 if TYPE_CHECKING:
-    from bla_inductor.errors import BlaError, BlaNoMatchError, BlaOptionError
+    from bla_inductor.debugger import debug
+    from bla_inductor.errors import (
+        BlaError,
+        BlaNoMatchError,
+        BlaOptionError,
+        BlaVerificationError,
+    )
     from bla_inductor.explainer import explain
     from bla_inductor.exported import rewrite_exported
     from bla_inductor.options import Options
     from bla_inductor.report import Match, Refusal, Report
+    from bla_inductor.verdict import Comparison, Verification
+    from bla_inductor.verifier import verify
 
 __all__ = [
     "BlaError",
     "BlaNoMatchError",
     "BlaOptionError",
+    "BlaVerificationError",
+    "Comparison",
     "Match",
     "Options",
     "Refusal",
     "Report",
+    "Verification",
     "__version__",
+    "debug",
     "explain",
     "rewrite_exported",
+    "verify",
 ]
 
 _HOME = {
     "BlaError": "errors",
     "BlaNoMatchError": "errors",
     "BlaOptionError": "errors",
+    "BlaVerificationError": "errors",
+    "Comparison": "verdict",
     "Match": "report",
     "Options": "options",
     "Refusal": "report",
     "Report": "report",
+    "Verification": "verdict",
+    "debug": "debugger",
     "explain": "explainer",
     "rewrite_exported": "exported",
+    "verify": "verifier",
 }
 
 

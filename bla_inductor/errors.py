@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bla_inductor.report import Report
+    from bla_inductor.verdict import Verification
 
 
 class BlaError(Exception):
@@ -82,6 +83,24 @@ class BlaNoMatchError(BlaError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.report,)
+
+
+class BlaVerificationError(BlaError, RuntimeError):
+    """A rewritten graph was less accurate than the user's, or could not be compared with it.
+
+    `verification` has every result with its errors, and the script that reproduces it.
+    """
+
+    def __init__(self, verification: Verification):
+        super().__init__(
+            f"verification: {verification.summary()}.\n"
+            "options={'rewrite': 'off'} compiles without rewriting anything. Please report it.\n"
+            f"{verification}"
+        )
+        self.verification = verification
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.verification,)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:

@@ -74,6 +74,12 @@ class Options:
         False,
         "approximate attention that needs gradients too, with those of the approximation",
     )
+    verify: str | None = _row(
+        None,
+        "run the original beside the rewritten graph, on the first call or on every one, and "
+        "fall back to it where the rewritten one is less accurate",
+        ("first", "always"),
+    )
 
     @classmethod
     def parse(
@@ -120,7 +126,7 @@ def _checked(row: Any, key: str, value: Any) -> Any:
         return _checked_bool(key, value)
     if row.name == "approximate":
         return _checked_approximation(key, value)
-    if row.name == "mode" and value is None:
+    if value is None and row.default is None:
         return None
     choices = _modes() if row.name == "mode" else row.metadata["choices"]
     if value not in choices:
