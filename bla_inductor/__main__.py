@@ -2,6 +2,7 @@
 
     python -m bla_inductor explain module:callable
     python -m bla_inductor bench SUITE
+    python -m bla_inductor doctor
 
 explain: `callable` takes no arguments and returns what to explain: a tuple `(model, *args)`, or
 `(model, args, kwargs)` with a tuple and a dictionary. A file may stand for the module
@@ -9,6 +10,8 @@ explain: `callable` takes no arguments and returns what to explain: a tuple `(mo
 
 bench: times against the memory floor and against Inductor, as CSV and plots; see
 bla_inductor/bench/cases.py for the suites.
+
+doctor: what is installed, what runs on this machine, how exact it is, and what is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 1 where `explain` found nothing to rewrite."""
+    """Run one command; the exit status is 1 where `explain` found nothing to rewrite, and where
+    `doctor` found something wrong.
+    """
     parser = argparse.ArgumentParser(prog="python -m bla_inductor", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command", required=True)
@@ -38,10 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from bla_inductor.bench import command
 
         command.add_arguments(bench)
+    commands.add_parser("doctor", help="versions, devices, caches, a self-test")
     given = parser.parse_args(arguments)
     try:
         if given.command == "bench":
             return command.run(given)
+        if given.command == "doctor":
+            from bla_inductor import doctor
+
+            return doctor.run()
         return _explain(given.target)
     except UsageError as error:
         parser.error(str(error))

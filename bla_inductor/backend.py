@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import fx
 
+from bla_inductor import failures, tangents
+from bla_inductor.algebra.observe import undisturbed
+from bla_inductor.debugger import Recorder
 from bla_inductor.errors import BlaError, BlaNoMatchError
 from bla_inductor.logs import announce
 from bla_inductor.options import Options
 from bla_inductor.report import Report
 from bla_inductor.rewrite import rewrite
+from bla_inductor.undo import undone_on_failure
+from bla_inductor.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +54,22 @@ def bla(
             f"{', '.join(sorted(unknown))}. Upgrade bla-inductor."
         )
     chosen, for_inductor = Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
-    compile_inner = inner_compiler(chosen, for_inductor, name)
+    if (refusal := tangents.refused(gm)) is not None:
+        return as_written(gm, refusal, chosen)
+    watch = Watch(gm, example_inputs, chosen, for_inductor)
+    compile_inner = inner_compiler(chosen, for_inductor, name, watch.recorder)
     report = rewrite_or_leave(gm, example_inputs, chosen)
+    watch.rewritten(gm, report)
     if chosen.strict and not report.matches:
         raise BlaNoMatchError(report)
     compiled = compile_inner(gm, example_inputs)
-    announce(report)  # not before: the inner compiler may send Dynamo back to the start
-    return compiled
+    tell(report, chosen)  # not before: the inner compiler may send Dynamo back to the start
+    return watch.verified(compiled)
 
 
 def reset() -> None:
     """Drop recorded CUDA graphs. `torch._dynamo.reset()` calls it as `bla.reset()`."""
+    failures.forget()
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None:
         trees.reset_cudagraph_trees()
@@ -67,6 +77,14 @@ def reset() -> None:
 
 bla.reset = reset  # type: ignore[attr-defined]
 bla.compiler_name = "bla"  # type: ignore[attr-defined]
+
+
+def as_written(gm: fx.GraphModule, report: Report, options: Options) -> Callable[..., Any]:
+    """`gm` itself, run by torch."""
+    if options.strict:
+        raise BlaNoMatchError(report)
+    tell(report, options)
+    return gm.forward
 
 
 def rewrite_or_leave(
@@ -77,42 +95,63 @@ def rewrite_or_leave(
 ) -> Report:
     """Rewrite `gm`; a failure of ours costs the user the speed-up and not the compilation.
 
-    With `strict` the failure is raised. A graph that was left half-way is still the user's: every
-    step of the rewrite by itself keeps what the graph computes.
+    The graph is then as the user wrote it, its nested graphs too, and so are grad mode, autocast
+    and the random number generators. With `strict` the failure is raised.
     """
     try:
-        return rewrite(gm, example_inputs, options, fixed)
+        with undisturbed(None), undone_on_failure(gm.modules()):
+            if options.inner == "inductor":
+                from bla_inductor.lowering import register
+
+                register()  # before there is anything in the graph that needs it
+            return rewrite(gm, example_inputs, options, fixed)
     except Exception as error:
         if options.strict:
             raise
-        log.warning(
-            "the analysis failed, so this graph is compiled as it was written: %s: %s. "
-            "Please report it, with the output of TORCH_LOGS='+bla_inductor'.",
-            type(error).__name__,
-            error,
-        )
-        log.debug("the failure of the analysis", exc_info=True)
+        failures.warn_once(log, "this graph is compiled as it was written", error)
         return Report()
 
 
-def inner_compiler(options: Options, for_inductor: dict[str, Any], name: str | None) -> Compiler:
-    """What compiles the rewritten graph. Inductor's options are checked here, before any work."""
+def tell(report: Report, options: Options) -> None:
+    """Publish the report; without `strict`, no failure of that keeps the result from the user."""
+    try:
+        announce(report)
+    except Exception as error:
+        if options.strict:
+            raise
+        failures.warn_once(log, "this graph has no report", error)
+
+
+def inner_compiler(
+    options: Options,
+    for_inductor: dict[str, Any],
+    name: str | None,
+    recorded: Recorder | None = None,
+) -> Compiler:
+    """What compiles the rewritten graph. Inductor's options are checked here, before any work.
+
+    recorded: what writes down Inductor's output.
+    """
     from torch._inductor import config
 
+    from bla_inductor import falling_back
     from bla_inductor.stamp import SLOT, CacheStamp
 
     users = for_inductor.get(SLOT, getattr(config, SLOT))
     inductor = torch._TorchCompileInductorWrapper(
         options.mode,
-        {**for_inductor, SLOT: CacheStamp(options, users)},
+        {
+            **for_inductor,
+            **({"fallback_random": True} if options.verify else {}),  # what eager draws
+            SLOT: CacheStamp(options, users),
+        },
         None,
         *((name,) if name else ()),
     )
+    if recorded is not None:  # what a cache serves has no source
+        inductor.config["force_disable_caches"] = True
     if options.inner == "inductor":
-        from bla_inductor.lowering import register
-
-        register()
-        return inductor
+        return falling_back.inductor(inductor, recorded.writing if recorded else None)
 
     from torch._dynamo.backends.registry import lookup_backend
 

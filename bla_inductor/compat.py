@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ def register_decompositions(table: Mapping[Any, Callable[..., Any]]) -> None:
     from torch._inductor import decomposition
 
     for operator, function in table.items():
-        decomposition.register_decomposition([operator])(function)
+        if operator not in decomposition.decompositions:  # from a call that failed half-way
+            decomposition.register_decomposition([operator])(function)
     derived = getattr(decomposition, "fast_random_decomps", None)
     if derived is not None and hasattr(derived, "cache_clear"):
         derived.cache_clear()
@@ -62,3 +63,48 @@ def replacements(gm: fx.GraphModule) -> Iterator[dict[str, str]]:
 def clamp_is_flat_at_its_bounds() -> bool:
     """Whether `x.clamp(min=a)` has the derivative 0 where x is a (since 2.14); before, it is 1."""
     return torch.__version__ >= "2.14"
+
+
+def without_compiled_autograd() -> contextlib.AbstractContextManager[None]:
+    """A backward pass inside runs at once, whatever compiled autograd is doing around it."""
+    from torch._dynamo import compiled_autograd
+
+    disable = getattr(compiled_autograd, "_disable", None)
+    return disable() if disable is not None else contextlib.nullcontext()
+
+
+def compile_with(
+    settings: Any,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    around: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> Any:
+    """Inductor under `settings`, a `torch._TorchCompileInductorWrapper`, with `around(f)` in the
+    place of f, which compiles one graph of AOTAutograd's, forward or backward.
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    known = inspect.signature(compile_fx).parameters
+    name = getattr(settings, "name", None)
+    region: dict[str, Any] = {"compile_region_name": name} if "compile_region_name" in known else {}
+    return compile_fx(
+        gm,
+        example_inputs,
+        inner_compile=around(compile_fx_inner),
+        config_patches=settings.config,
+        **region,
+    )
+
+
+def guard_forward_mode() -> None:
+    """Have the graph that is being compiled compiled anew inside and outside of
+    torch.autograd.forward_ad; torch guards on it only where the traced code enters it.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is not None:
+        guard = GlobalStateSource().make_guard(GuardBuilder.DUAL_LEVEL)
+        context.guards_context.dynamo_guards.add(guard)

@@ -33,9 +33,9 @@ def register() -> None:
     """
     from torch._inductor.lowering import register_lowering
 
-    register_decompositions(_OURS)
     for operator in OPERATORS:
         register_lowering(operator, type_promotion_kind=None)(lowering(operator))
+    register_decompositions(_OURS)
 
 
 def _stays_a_call(x: Tensor) -> bool:

@@ -8,8 +8,10 @@ whatever goes wrong with them.
 
 from __future__ import annotations
 
+import contextvars
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +20,13 @@ from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import Inputs, gradients
 from bla_inductor.templates import Unsupported
 
-__all__ = ["OPERATORS", "lowering"]
+__all__ = ["OPERATORS", "calls_only", "lowering"]
 
 log = logging.getLogger(__name__)
 
 bla = torch.ops.bla
 _reported: set[str] = set()
+_calls = contextvars.ContextVar("calls", default=False)
 
 
 def lowering(operator: Any) -> Callable[..., Any]:
@@ -33,7 +36,7 @@ def lowering(operator: Any) -> Callable[..., Any]:
     call = fallback_handler(operator, add_to_fallback_set=False)
 
     def lower(*args: Any, **kwargs: Any) -> Any:
-        if args[0].get_device().type != "cuda":
+        if _calls.get() or args[0].get_device().type != "cuda":
             return call(*args, **kwargs)
         try:
             return _BUILD[operator](*args, **kwargs)
@@ -42,6 +45,16 @@ def lowering(operator: Any) -> Callable[..., Any]:
             return call(*args, **kwargs)
 
     return lower
+
+
+@contextmanager
+def calls_only() -> Iterator[None]:
+    """Inside, every operator is lowered to a call."""
+    token = _calls.set(True)
+    try:
+        yield
+    finally:
+        _calls.reset(token)
 
 
 def _report(operator: Any, error: Exception) -> None:

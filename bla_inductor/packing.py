@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bla_inductor.failures import warn_once
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
+from bla_inductor.undo import Snapshot
 
 __all__ = ["pack_gradients"]
 
@@ -58,27 +60,20 @@ class _Part:
 
 def pack_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
     """Rewrite `graph`, whose nodes have their fake value as meta["val"]; how many were packed."""
-    packed = 0
-    for node in graph.find_nodes(op="call_function", target=linear_attention_backward):
-        if _args(node)[0].meta["val"].device.type != device_type:
-            continue
-        try:
-            packed += _pack(node)
-        except (_Inexpressible, RuntimeError) as error:
-            log.debug("gradients of %s are joined by a copy: %s", node, error)
-        except Exception as error:
-            log.warning(
-                "gradients of %s are joined by a copy, since looking for a better way failed: "
-                "%s: %s. Please report it.",
-                node,
-                type(error).__name__,
-                error,
-            )
-            log.debug("the failure of the pass", exc_info=True)
-    if packed:
-        graph.eliminate_dead_code()
-        graph.lint()
-    return packed
+    nodes = graph.find_nodes(op="call_function", target=linear_attention_backward)
+    if not nodes:
+        return 0
+    before = Snapshot(graph)
+    try:
+        packed = sum(_pack(n) for n in nodes if _value(_args(n)[0]).device.type == device_type)
+        if packed:
+            graph.eliminate_dead_code()
+            graph.lint()
+        return packed
+    except Exception as error:
+        before.restore()
+        warn_once(log, "gradients are joined by a copy", error)
+        return 0
 
 
 def _pack(node: fx.Node) -> bool:
@@ -92,7 +87,12 @@ def _pack(node: fx.Node) -> bool:
     for top in joined.values():
         own = [part for part in parts if _top(part) is top]
         if len(own) > 1 and _is_all(top, own):
-            _rewrite(node, users, top, own)
+            try:
+                end, places = _end_and_places(top, own)
+            except (_Inexpressible, RuntimeError) as error:
+                log.debug("gradients of %s are joined by a copy: %s", node, error)
+                continue
+            _rewrite(node, users, end, own, places)
             return True
     return False
 
@@ -191,15 +191,22 @@ def _summands(node: Any) -> set[fx.Node]:
     return {node}
 
 
-def _rewrite(
-    node: fx.Node, users: dict[Any, fx.Node], top: fx.Node, parts: Sequence[_Part]
-) -> None:
+def _end_and_places(top: fx.Node, parts: Sequence[_Part]) -> tuple[fx.Node, list[list[int]]]:
+    """The tensor to write, the joined one or a `contiguous` of it, and where its parts are."""
     after, end = _to_contiguous(top)
     try:
-        places = [_place(part, top, after, end) for part in parts]
+        return end, [_place(part, top, after, end) for part in parts]
     except (_Inexpressible, RuntimeError):
-        after, end = [], top
-        places = [_place(part, top, after, end) for part in parts]
+        return top, [_place(part, top, [], top) for part in parts]
+
+
+def _rewrite(
+    node: fx.Node,
+    users: dict[Any, fx.Node],
+    end: fx.Node,
+    parts: Sequence[_Part],
+    places: Sequence[Sequence[int]],
+) -> None:
     numbers = [part.number for part in parts]
     empty = _value(_args(node)[1]).new_empty(0)
     values = [empty if i in numbers else v for i, v in enumerate(node.meta["val"])]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import logging
 import pathlib
 from dataclasses import astuple
 from typing import Any
@@ -19,11 +20,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from bla_inductor.compat import inference_aware_pass
+from bla_inductor.failures import warn_once
 from bla_inductor.options import Options
 from bla_inductor.packing import pack_gradients
 
 # The name of the configuration key under which Inductor is given the stamp.
 SLOT = "post_grad_custom_pre_pass"
+
+log = logging.getLogger(__name__)
 
 _PACKAGES = ("bla_inductor", "bla_inductor.patterns", "bla_inductor.kernels")
 _InferenceAware = inference_aware_pass()
@@ -49,11 +53,18 @@ class CacheStamp(_Pass):
             user(*(graph, is_inference) if aware else (graph,))
 
     def uuid(self) -> Any | None:
-        """None, which turns the caches off, when a pass of the user's cannot be identified."""
+        """None, which turns the caches off, when a pass of the user's cannot be identified, or our
+        own files cannot be read.
+        """
         ids = [user.uuid() if hasattr(user, "uuid") else None for user in self.users]
         if None in ids:
             return None
-        return ("bla", source_hash(), astuple(self.options), tuple(ids))
+        try:
+            sources = source_hash()
+        except OSError as error:
+            warn_once(log, "nothing is taken from Inductor's caches", error)
+            return None
+        return ("bla", sources, astuple(self.options), tuple(ids))
 
 
 @functools.cache

@@ -114,9 +114,11 @@ class _Walk(fx.Interpreter):
             self._grad_mode(bool(n.args[0]))
             return None
         module = getattr(n.target, "__module__", None) or ""
-        if "functorch" in module and "_nesting" in getattr(n.target, "__name__", ""):
+        name = getattr(n.target, "__name__", "")
+        if "functorch" in module and ("_nesting" in name or "dual_level" in name):
             raise Opaque(
-                "the graph holds a torch.func transform (vmap, grad); compile the inner function"
+                "the graph holds forward-mode derivatives or a torch.func transform (vmap, grad); "
+                "compile the inner function"
             )
         if module.startswith("torch.cuda"):
             return None
@@ -189,6 +191,7 @@ def undisturbed(mode: FakeTensorMode | None) -> Iterator[None]:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
     cache, rng = torch.is_autocast_cache_enabled(), torch.get_rng_state()
+    nesting = _autocast_nesting()
     with contextlib.ExitStack() as stack:
         if mode is not None:
             stack.enter_context(disable_fake_tensor_cache(mode))
@@ -201,11 +204,18 @@ def undisturbed(mode: FakeTensorMode | None) -> Iterator[None]:
         try:
             yield
         finally:
+            while _autocast_nesting() > nesting:  # left in the middle of the user's region
+                torch.autocast_decrement_nesting()
             torch.set_autocast_cache_enabled(cache)
             torch.set_rng_state(rng)
             for device, enabled, dtype in autocast:
                 torch.set_autocast_enabled(device, enabled)
                 torch.set_autocast_dtype(device, dtype)
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def observe(gm: fx.GraphModule, inputs: Sequence[Any], fixed: Sequence[bool]) -> Observation:

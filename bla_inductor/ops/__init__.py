@@ -13,7 +13,8 @@ every batch dim is equal or 1 (broadcast). Any strides. One dtype for all: bfloa
 float32, float64; key_weight may also have another one of these, or bool.
 
 - φq, φk = `q_map`, `k_map`, texts in the language of `ops/feature_map.py`: "" is the identity,
-  "Piecewise((x + 1, x > 0), (exp(x), True))" is elu(x) + 1. They are evaluated in fp32 (fp64).
+  "Piecewise((x + 1, x > 0), (exp(x), True))" is elu(x) + 1. They are evaluated in fp32 (fp64). On
+  CUDA φ of a 16-bit tensor is rounded to 16 bits, whatever the result's dtype.
 - q' = `q_norm_map`(q_norm) and k' = `k_norm_map`(k_norm); without q_norm, q' is φq(q), and so for
   k. q_norm may be q itself, with another map.
 - w = key_weight, 1 if absent: a padding mask, or any weight, with a gradient if it is a float.
@@ -40,13 +41,14 @@ Algorithm: Katharopoulos et al., "Transformers are RNNs", ICML 2020; Shen et al.
 Attention", WACV 2021.
 """
 
-from bla_inductor.ops import autograd, dispatch, fake, flops, vmap  # noqa: F401  (they register)
+from bla_inductor.ops import autograd, dispatch, fake, flops, piecewise, vmap
 from bla_inductor.ops.piecewise import piecewise_sparse_attention
 from bla_inductor.ops.schema import (
     linear_attention,
     linear_attention_backward,
     linear_attention_forward,
 )
+from bla_inductor.ops.untraced import untraced_module
 
 __all__ = [
     "linear_attention",
@@ -54,3 +56,6 @@ __all__ = [
     "linear_attention_forward",
     "piecewise_sparse_attention",
 ]
+
+for module in (autograd, dispatch, fake, flops, piecewise, vmap):  # importing them registered them
+    untraced_module(module)

@@ -66,6 +66,13 @@ def _guarded(z: Tensor, normalizer: str, eps: float) -> Tensor:
     return z + eps if normalizer == "add" else z.clamp(min=eps)
 
 
+def _divisor(den: Tensor, scale: float) -> Tensor:
+    """den / scale. What is divided by it is not multiplied by 1/den, which is infinite where den is
+    too small for a number of full precision.
+    """
+    return den if scale == 1.0 else den / scale
+
+
 def key_statistics(x: Inputs) -> tuple[Tensor, Tensor]:
     """state = Σ_m w·kᵀv (*key batch, D, Dv) and key_sum = Σ_m w·k' (*key batch, D'), or (0,) for
     "none".
@@ -107,7 +114,7 @@ def forward(x: Inputs, *, keep_state: bool) -> tuple[Tensor, Tensor | None, Tens
     if x.normalized:
         assert key_sum is not None
         z = torch.matmul(_query_norm(x, query), key_sum.unsqueeze(-1))
-        out = out * (x.scale / _guarded(z * x.norm_scale, x.normalizer, x.eps))
+        out = out / _divisor(_guarded(z * x.norm_scale, x.normalizer, x.eps), x.scale)
     elif x.scale != 1.0:
         out = out * x.scale
     return out, state, key_sum
@@ -138,7 +145,7 @@ def backward(call: Gradients) -> list[Tensor | None]:
     if x.normalized:
         z = torch.matmul(query_norm, call.key_sum.unsqueeze(-1)) * x.norm_scale
         den = _guarded(z, x.normalizer, x.eps)
-        g = g * (x.scale / den)
+        g = g / _divisor(den, x.scale)
     elif x.scale != 1.0:
         g = g * x.scale
     if needs[0] or needs_query_norm or needs_key_sum:

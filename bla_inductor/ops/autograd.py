@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from bla_inductor.ops import aten, flops
+from bla_inductor.ops import aten, flops, forward_mode
 from bla_inductor.ops.dispatch import gradient_orders
 from bla_inductor.ops.schema import (
     RESULT_ONLY,
@@ -19,21 +20,25 @@ from bla_inductor.ops.schema import (
     linear_attention_backward,
     linear_attention_forward,
 )
+from bla_inductor.ops.untraced import untraced
 
 
 class _LinearAttention(torch.autograd.function._SingleLevelFunction):
-    """inputs: q, k, v, q_norm, k_norm, key_weight and the keyword arguments as a dict; outputs:
-    out, state, key_sum.
+    """inputs: q, k, v, q_norm, k_norm, key_weight, the keyword arguments as a dict, and whether
+    forward mode is on for outer transforms of functorch (None: there are none); outputs: out,
+    state, key_sum.
     """
 
     @staticmethod
+    @untraced
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *tensors, kwargs = args
-        # `Function` turned grad mode off; an outer transform of functorch differentiates this call
-        # again.
-        nested = torch._C._are_functorch_transforms_active()
-        with torch.set_grad_enabled(nested), torch._C._AutoDispatchBelowAutograd():
-            out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
+        *tensors, kwargs, tangents = args
+        with torch._C._AutoDispatchBelowAutograd():
+            if tangents is None:
+                out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
+            else:  # they differentiate this call again, and `Function` turned both modes off
+                with torch.enable_grad(), _set_fwd_grad_enabled(tangents):
+                    out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
         ctx.save_for_backward(*tensors, state, key_sum)
         ctx.mark_non_differentiable(state, key_sum)
         ctx.set_materialize_grads(False)
@@ -41,17 +46,18 @@ class _LinearAttention(torch.autograd.function._SingleLevelFunction):
         return out, state, key_sum
 
     @staticmethod
+    @untraced
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         do = output_grads[0]
         if do is None:
-            return (None,) * 7
+            return (None,) * 8
         *tensors, state, key_sum = ctx.saved_tensors
         needs = ctx.needs_input_grad[:6]
         orders = gradient_orders(tensors[:5])
         grads = linear_attention_backward(
             do, *tensors, state, key_sum, **ctx.formula, needs=needs, orders=orders
         )
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
 # `torch.autograd.Function` would start again from the topmost functorch transform; at the Autograd
@@ -62,11 +68,11 @@ _cpp_apply = _LinearAttention.apply  # type: ignore[attr-defined]
 def _apply(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     args = (*args, *(None,) * (6 - len(args)), kwargs)
     if not torch._C._are_functorch_transforms_active():
-        return _cpp_apply(*args)
+        return _cpp_apply(*args, None)
     from torch._functorch.autograd_function import enable_single_level_autograd_function
 
     with enable_single_level_autograd_function():
-        return _cpp_apply(*args)
+        return _cpp_apply(*args, torch._C._is_fwd_grad_enabled())
 
 
 def _differentiable(tensors: Sequence[Any]) -> bool:
@@ -76,6 +82,8 @@ def _differentiable(tensors: Sequence[Any]) -> bool:
 
 
 def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if forward_mode.active(args):
+        return forward_mode.forward(*args, **kwargs)
     if _differentiable(args):
         return _apply(args, kwargs)
     with torch._C._AutoDispatchBelowAutograd():
@@ -85,6 +93,8 @@ def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
     if not flops.registered:
         flops.register_if_loaded()
+    if forward_mode.active(args):
+        return forward_mode.forward(*args, **kwargs)[0]
     if _differentiable(args):
         return _apply(args, kwargs)[0]
     with torch._C._AutoDispatchBelowAutograd():
@@ -92,10 +102,10 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """Second derivatives: the backward's formula in differentiable operations, the state recomputed
-    from k, v.
+    """Second and mixed derivatives: the backward's formula in differentiable operations, the state
+    recomputed from k, v.
     """
-    if not _differentiable(args):
+    if not _differentiable(args) and not forward_mode.active(args):
         with torch._C._AutoDispatchBelowAutograd():
             return linear_attention_backward(*args, **kwargs)
     call = gradients(*args, **kwargs)

@@ -16,8 +16,8 @@ scale defaults to D**-0.5 and is positive. N and M need not be multiples of bloc
 
 Inputs that require gradients are a RuntimeError: nothing here is the gradient of softmax attention.
 With approximate_training=True the backward is that of the formula above, the selection held
-constant; it has no second derivative. Wrong shapes, devices and numbers are ValueError, dtypes
-TypeError.
+constant; it has no second derivative. A tangent of forward mode is a RuntimeError. Wrong shapes,
+devices and numbers are ValueError, dtypes TypeError.
 
 On CUDA, bfloat16 and float16 run in Triton, with D and Dv up to 256 and block_size 16, 32, 64 or
 128 (ValueError beyond); float32 and float64 run in ATen there, as everything does on the CPU.
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bla_inductor.ops import piecewise_aten
+from bla_inductor.ops import forward_mode, piecewise_aten
 from bla_inductor.ops.aten import dense, without_autocast
 from bla_inductor.ops.layout import broadcast, empty_dense, known
 from bla_inductor.ops.schema import lib
@@ -234,6 +234,11 @@ def _attention(
 def _attention_autograd(
     q: Tensor, k: Tensor, v: Tensor, *, approximate_training: bool = False, **numbers: Any
 ) -> Tensor:
+    if forward_mode.carried((q, k, v)):
+        raise RuntimeError(
+            f"{_OP}: an input carries a tangent, and there is no forward-mode derivative here. "
+            "Compute the exact attention for it, without the option 'approximate'."
+        )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         if not approximate_training:
             raise RuntimeError(

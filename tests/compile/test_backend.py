@@ -114,11 +114,11 @@ def test_arguments_of_a_future_torch_are_named():
 def test_mode_and_its_option_reach_inductor(how, monkeypatch):
     seen = {}
 
-    def compile_fx(self, gm, example_inputs):
-        seen.update(self.config)
+    def compile_fx(gm, example_inputs, inner_compile, config_patches, **_):
+        seen.update(config_patches)
         return gm.forward
 
-    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", compile_fx)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     torch.compile(plain, backend="bla", **how)(torch.ones(3))
     assert seen["max_autotune"] is True
     assert isinstance(seen[stamp.SLOT], stamp.CacheStamp)

@@ -1,13 +1,14 @@
-"""opcheck, first and second derivatives, vmap, autocast, compilation, FLOP counting, and a cold
-import.
+"""opcheck, first and second derivatives, forward mode, vmap, autocast, compilation, FLOP counting,
+and a cold import.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from linear_attention_formula import operator, plain, results
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,6 +51,62 @@ def test_first_and_second_derivatives(normalizer, decoupled):
 
     assert torch.autograd.gradcheck(f, _tensors(decoupled))
     assert torch.autograd.gradgradcheck(f, _tensors(decoupled))
+
+
+@pytest.mark.parametrize(("normalizer", "decoupled"), CASES)
+def test_forward_mode_and_forward_over_reverse(normalizer, decoupled):
+    def f(*tensors):
+        return operator(*tensors, normalizer=normalizer, scale=0.7, norm_scale=0.3, eps=0.5)
+
+    tensors = _tensors(decoupled)
+    checks = {"check_forward_ad": True, "check_backward_ad": False}
+    assert torch.autograd.gradcheck(f, tensors, **checks, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(f, tensors, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_dual_number(requires_grad):
+    """Also where an input requires a gradient; the result is laid out and cast as ever."""
+    q, k, v, t = (torch.rand(2, 5, 4) for _ in range(4))
+    q.requires_grad_(requires_grad)
+    arguments = {"normalizer": "add", "eps": 0.5, "q_map": "exp(x)"}
+    form = {"out_order": [1, 0, 2], "out_dtype": torch.float64}
+    with fwad.dual_level():
+        out = operator(fwad.make_dual(q, t), k, v, **arguments, **form)
+        expected = plain(fwad.make_dual(q.exp(), t * q.exp()), k, v, normalizer="add", eps=0.5)
+        ours, exact = fwad.unpack_dual(out), fwad.unpack_dual(expected)
+        torch.testing.assert_close(ours.primal, exact.primal.double())
+        torch.testing.assert_close(ours.tangent, exact.tangent.double())
+    assert out.stride() == operator(q, k, v, **arguments, **form).stride()
+
+
+def test_a_jvp_of_one_operand_or_under_no_forward_mode():
+    q, k, v = (torch.rand(2, 5, 4, dtype=f64) for _ in range(3))
+    for with_one in (
+        lambda f: lambda x: f(x, k, v),
+        lambda f: lambda x: f(q, x, v),
+        lambda f: lambda x: f(q, k, x),
+    ):
+        ours, exact = (jvp(with_one(f), (q,), (k,)) for f in (operator, plain))
+        torch.testing.assert_close(ours, exact)
+    with fwad.dual_level(), fwad._set_fwd_grad_enabled(False):
+        out = operator(fwad.make_dual(q, k), k, v)
+    assert torch.equal(out, operator(q, k, v))
+
+
+SECOND = {"forward over reverse": hessian, "reverse over forward": lambda f: jacrev(jacfwd(f))}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("second", SECOND.values(), ids=SECOND)
+def test_second_derivatives_with_forward_mode(second, place):
+    tensors = [torch.rand(1, 5, 4, dtype=f64) for _ in range(3)]
+
+    def of(function):
+        return lambda x: _loss(function)(*(x if i == place else t for i, t in enumerate(tensors)))
+
+    ours, exact = (second(of(f))(tensors[place]) for f in (operator, plain))
+    torch.testing.assert_close(ours, exact)
 
 
 def _loss(function):
