@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-__all__ = ["NEAR_MISSES", "Program", "build", "programs"]
+from tests.fuzz.products import miss, normalised, product
+
+__all__ = ["NEAR_MISSES", "SUSPECTS", "Program", "build", "programs"]
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
@@ -29,27 +31,45 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda x: F.normalize(F.elu(x) + 1.1, dim=-1),
     "power": lambda x: (F.relu(x) + 0.1) ** 3,
     "clamp": lambda x: x.clamp(min=0.1),
+    "softplus": F.softplus,
+    "where": lambda x: torch.where(x > 0, x + 0.2, 0.2 / (1 - x)),
+    "largest": lambda x: (x - x.amax(-1, keepdim=True)).exp(),
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": ("bhnd", "bnhd", "merged", "packed", "image"),
     "q_map": tuple(FEATURE_MAPS),
     "k_map": ("same", *FEATURE_MAPS),
-    "heads": ("all", "one k", "one k v"),
-    "scale": ("none", "q", "k", "result", "inverse length"),
-    "mask": ("none", "boolean", "weights", "fill"),
+    "heads": ("all", "one k", "one k v", "repeated"),
+    "batch": ("all", "one q", "one k v"),
+    "scale": ("none", "q", "k", "result", "inverse length", "per head"),
+    "mask": ("none", "boolean", "weights", "fill", "where", "queries"),
     "decoupled": (False, True),
     "order": ("state", "scores"),
-    "spelling": ("matmul", "einsum", "bmm", "sum", "three"),
-    "normaliser": ("none", "vector", "einsum", "ones", "rows", "mean"),
-    "guard": ("add", "clamp", "none"),
+    "spelling": ("matmul", "einsum", "bmm", "sum", "three", "baddbmm", "linear"),
+    "normaliser": ("none", "vector", "einsum", "ones", "rows", "mean", "padded", "product"),
+    "guard": ("add", "clamp", "maximum", "none"),
+    "eps": (1e-2, 1e-15, 1.0),
     "division": ("div", "reciprocal", "in place"),
-    "dtype": ("float32", "bfloat16", "upcast", "autocast"),
-    "after": ("nothing", "merge heads", "residual", "gate", "gelu", "image"),
-    "escape": ("nothing", "state", "features", "denominator"),
-    "touch": ("nothing", "inputs before", "features after", "inputs after"),
-    "unused_axis": (False, True),
+    "dtype": ("float32", "bfloat16", "float16", "upcast", "norm upcast", "autocast", "float64"),
+    "after": ("nothing", "merge heads", "residual", "gate", "gelu", "image", "slice"),
+    "escape": ("nothing", "state", "features", "denominator", "numerator"),
+    "touch": ("nothing", "inputs before", "features after", "inputs after", "result after"),
+    "axes": ("all", "unused", "folded"),
+    "frozen": ("nothing", "q", "k v", "everything"),
+    "dynamic": ("no", "no", "no", "sizes", "numbers too"),
 }
-NEAR_MISSES = ("softmax", "causal", "relu scores", "prefix sum", "bias", "parameter", "distance")
+# Not linear attention: no match, and a reason.
+NEAR_MISSES = (
+    "softmax", "causal", "relu scores", "prefix sum", "bias", "parameter", "distance", "own key",
+)  # fmt: skip
+# As easily taken for another linear attention than it is.
+SUSPECTS = ("swapped", "roles", "wrong normaliser", "mutated between")
+LOW = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "autocast": torch.float32,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,7 @@ class Program:
     q_map: str
     k_map: str
     heads: str
+    batch: str
     scale: str
     mask: str
     decoupled: bool
@@ -67,12 +88,15 @@ class Program:
     spelling: str
     normaliser: str
     guard: str
+    eps: float
     division: str
     dtype: str
     after: str
     escape: str
     touch: str
-    unused_axis: bool
+    axes: str
+    frozen: str
+    dynamic: str
     B: int
     H: int
     N: int
@@ -90,85 +114,157 @@ class Program:
         ]
         return ", ".join(told)
 
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of the inputs."""
+        return LOW.get(self.dtype, torch.bfloat16)
+
 
 @st.composite
-def programs(draw: st.DrawFn, near_miss: bool = False) -> Program:
-    """Any program; with `near_miss`, one that resembles linear attention and is not."""
+def programs(draw: st.DrawFn, kinds: tuple[str, ...] = ()) -> Program:
+    """Any program; with `kinds`, one that resembles linear attention and is one of these."""
     chosen = {name: draw(st.sampled_from(values), label=name) for name, values in CHOICES.items()}
     sizes = {name: draw(st.integers(1, 3), label=name) for name in ("B", "H")}
     sizes |= {name: draw(st.sampled_from((4, 1, 2, 3, 7)), label=name) for name in ("D", "Dv")}
     n = draw(st.sampled_from((6, 1, 2, 4, 9)), label="N")
     m = draw(st.sampled_from((n, 1, 4, 8)), label="M")
+    near_miss = draw(st.sampled_from(kinds), label="near miss") if kinds else ""
+    if near_miss:
+        chosen["order"], chosen["axes"] = "scores", "all"
+        chosen["escape"] = chosen["touch"] = "nothing"
+        chosen["heads"] = chosen["batch"] = "all"
+        n = m = max(n, 2)
+    if near_miss in NEAR_MISSES:
+        chosen["normaliser"] = "none"
+    if near_miss == "swapped":  # the sizes do not tell the axes apart
+        sizes["D"] = sizes["Dv"] = n
+    if near_miss == "mutated between":
+        chosen["order"] = "state"
     if chosen["layout"] in ("packed", "image"):  # one projection makes q, k and v
-        m, sizes["Dv"], chosen["heads"] = n, sizes["D"], "all"
+        m, sizes["Dv"], chosen["heads"], chosen["batch"] = n, sizes["D"], "all", "all"
+        chosen["frozen"] = "nothing"
+    if chosen["heads"] == "repeated":
+        sizes["H"] = 2 * sizes["H"]
     if chosen["after"] == "residual":  # adds q to the result
         sizes["Dv"] = sizes["D"]
-    if near_miss:
-        chosen["order"], chosen["normaliser"] = "scores", "none"
-        chosen["escape"] = chosen["touch"] = "nothing"
-        n = m = max(n, 2)
-    miss = draw(st.sampled_from(NEAR_MISSES), label="near miss") if near_miss else ""
-    return Program(**chosen, **sizes, N=n, M=m, near_miss=miss)
+    return Program(**chosen, **sizes, N=n, M=m, near_miss=near_miss)
 
 
 def build(p: Program) -> tuple[Callable[..., Any], list[Tensor]]:
     """The function (a tensor or a tuple of them) and its inputs."""
-    dtype = torch.float32 if p.dtype in ("float32", "autocast") else torch.bfloat16
-    k_heads = 1 if p.heads != "all" else p.H
-    v_heads = 1 if p.heads == "one k v" else p.H
-    sizes = ((p.H, p.N, p.D), (k_heads, p.M, p.D), (v_heads, p.M, p.Dv))
-    inputs = [_stored(p, *size) for size in sizes]
+    k_heads, v_heads = _key_heads(p)
+    q_batch = 1 if p.batch == "one q" else p.B
+    k_batch = 1 if p.batch == "one k v" else p.B
     if p.layout == "packed":
         inputs = [torch.randn(p.B, p.N, 3 * p.H * p.D)]
     elif p.layout == "image":
         inputs = [torch.randn(p.B, 3 * p.H * p.D, 1, p.N)]
-    inputs = [x.to(dtype).requires_grad_() for x in inputs]
-    if p.mask == "weights":
-        inputs.append((torch.rand(p.B, p.M) + 0.1).to(dtype).requires_grad_())
-    elif p.mask != "none":
-        inputs.append(torch.arange(p.B * p.M).reshape(p.B, p.M) % 3 != 1)
-    if p.after == "gate":
-        inputs.append(torch.randn(p.B, p.H, p.N, p.Dv).to(dtype).requires_grad_())
+    else:
+        inputs = [
+            _stored(p, q_batch, p.H, p.N, p.D),
+            _stored(p, k_batch, k_heads, p.M, p.D),
+            _stored(p, k_batch, v_heads, p.M, p.Dv),
+        ]
+    wanted = {"q": (False, True, True), "k v": (True, False, False)}.get(p.frozen, (True,) * 3)
+    inputs = [x.to(p.stored).requires_grad_(need) for x, need in zip(inputs, wanted, strict=False)]
+    if p.mask in ("boolean", "fill", "where"):
+        inputs.append(torch.arange(k_batch * p.M).reshape(k_batch, p.M) % 3 != 1)
+    elif p.mask == "queries":
+        inputs.append(torch.arange(q_batch * p.N).reshape(q_batch, p.N) % 3 != 1)
+    elif p.mask == "weights":
+        inputs.append((torch.rand(k_batch, p.M) + 0.1).to(p.stored).requires_grad_())
+    if p.scale == "per head":
+        inputs.append(torch.nn.Parameter((torch.rand(p.H, 1, 1) + 0.5).to(p.stored)))
     if p.near_miss == "parameter":
-        inputs.append(torch.nn.Parameter(torch.randn(p.H, p.D, p.D).to(dtype)))
+        inputs.append(torch.nn.Parameter(torch.randn(p.H, p.D, p.D).to(p.stored)))
     if p.near_miss in ("bias", "distance"):
-        inputs.append(torch.randn(p.H, p.N, p.M).to(dtype).requires_grad_())
+        inputs.append(torch.randn(p.H, p.N, p.M).to(p.stored).requires_grad_())
+    if p.after == "gate":
+        inputs.append(torch.randn(p.B, p.H, p.N, p.Dv).to(p.stored).requires_grad_())
+    if p.frozen == "everything":
+        inputs = [x.detach() for x in inputs]
 
-    def program(*given: Tensor) -> Any:
-        if p.dtype == "autocast":
-            with torch.autocast("cpu", torch.bfloat16):
-                return _run(p, list(given))
-        return _run(p, list(given))
-
-    return program, inputs
+    if p.dynamic == "numbers too":  # those of a module are static
+        return (lambda *given: _under(p, list(given))), inputs
+    return _Model(p), inputs
 
 
-def _stored(p: Program, heads: int, rows: int, channels: int) -> Tensor:
+class _Model(torch.nn.Module):
+    """The choices as attributes of a module, as head dims and eps usually are."""
+
+    def __init__(self, p: Program) -> None:
+        super().__init__()
+        for field in fields(p):
+            setattr(self, field.name, getattr(p, field.name))
+
+    def forward(self, *given: Tensor) -> Any:
+        return _under(self, list(given))
+
+
+def _under(p: Any, given: list[Tensor]) -> Any:
+    if p.dtype == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            return _run(p, given)
+    return _run(p, given)
+
+
+def _key_heads(p: Program) -> tuple[int, int]:
+    """How many heads k and v have."""
+    k_heads = {"all": p.H, "repeated": p.H // 2}.get(p.heads, 1)
+    return k_heads, {"one k v": 1, "repeated": p.H // 2}.get(p.heads, p.H)
+
+
+def _stored(p: Program, batch: int, heads: int, rows: int, channels: int) -> Tensor:
     if p.layout == "bnhd":
-        return torch.randn(p.B, rows, heads, channels)
+        return torch.randn(batch, rows, heads, channels)
     if p.layout == "merged":
-        return torch.randn(p.B, rows, heads * channels)
-    return torch.randn(p.B, heads, rows, channels)
+        return torch.randn(batch, rows, heads * channels)
+    return torch.randn(batch, heads, rows, channels)
 
 
-def _heads(p: Program, x: Tensor, channels: int) -> Tensor:
-    """An input as (B, H, rows, channels)."""
+def _heads(p: Program, x: Tensor, heads: int, channels: int) -> Tensor:
+    """An input as (B, heads, rows, channels)."""
     if p.layout == "bnhd":
         return x.transpose(1, 2)
     if p.layout == "merged":
-        return x.unflatten(-1, (-1, channels)).transpose(1, 2)
+        # Nothing says that two symbolic quotients are one number of heads.
+        count = -1 if p.heads == "all" and p.Dv == p.D and p.H > 1 else heads
+        return x.unflatten(-1, (count, channels)).transpose(1, 2)
     return x
 
 
 def _operands(p: Program, given: list[Tensor]) -> list[Tensor]:
     if p.layout == "packed":
-        packed = given.pop(0).reshape(p.B, p.N, 3, p.H, p.D)
+        x = given.pop(0)
+        packed = x.reshape(x.shape[0], x.shape[1], 3, p.H, p.D)
         return list(packed.permute(2, 0, 3, 1, 4).unbind(0))
     if p.layout == "image":
         parts = given.pop(0).flatten(2).chunk(3, dim=1)
         return [x.unflatten(1, (p.H, p.D)).transpose(-1, -2) for x in parts]
-    stored = [given.pop(0) for _ in range(3)]
-    return [_heads(p, x, c) for x, c in zip(stored, (p.D, p.D, p.Dv), strict=True)]
+    k_heads, v_heads = _key_heads(p)
+    sizes = (p.H, p.D), (k_heads, p.D), (v_heads, p.Dv)
+    return [_heads(p, given.pop(0), heads, channels) for heads, channels in sizes]
+
+
+def _masked(p: Program, q: Tensor, k: Tensor, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if p.mask == "none":
+        return q, k
+    mask = given.pop(0)[:, None, :, None]
+    if p.mask == "queries":
+        return q * mask, k
+    if p.mask == "fill":
+        return q, k.masked_fill(~mask, 0)
+    return q, torch.where(mask, k, 0.0) if p.mask == "where" else k * mask
+
+
+def _scaled(p: Program, q: Tensor, k: Tensor, given: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if p.scale == "q":
+        return q * p.D**-0.5, k
+    if p.scale == "k":
+        return q, k / 3
+    if p.scale == "inverse length":
+        return q, k * k.shape[-2] ** -1.0
+    return (q * given.pop(0), k) if p.scale == "per head" else (q, k)
 
 
 def _run(p: Program, given: list[Tensor]) -> Any:
@@ -181,27 +277,30 @@ def _run(p: Program, given: list[Tensor]) -> Any:
         q, k, v = q.float(), k.float(), v.float()
     q = FEATURE_MAPS[p.q_map](q)
     k = FEATURE_MAPS[p.q_map if p.k_map == "same" else p.k_map](k)
-    if p.mask == "fill":
-        k = k.masked_fill(~given.pop(0)[:, None, :, None], 0)
-    elif p.mask != "none":
-        k = k * given.pop(0)[:, None, :, None]
-    if p.scale == "q":
-        q = q * p.D**-0.5
-    elif p.scale == "k":
-        k = k / 3
-    elif p.scale == "inverse length":
-        k = k * k.shape[-2] ** -1.0
+    q, k = _masked(p, q, k, given)
+    q, k = _scaled(p, q, k, given)
+    if p.heads == "repeated":
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     q_norm, k_norm = q, k
     if p.decoupled:
         q, k = q + 0.5 * q.roll(1, -1), k + 0.5 * k.roll(1, -1)
-    if p.unused_axis:
+    if p.axes == "unused":
         q, k, v, q_norm, k_norm = (x.unsqueeze(1) for x in (q, k, v, q_norm, k_norm))
-    out, state = _product(p, q, k, v, given)
-    if p.unused_axis:
-        out, q_norm, k_norm = out.squeeze(1), q_norm.squeeze(1), k_norm.squeeze(1)
-    if p.scale == "result":
-        out = out * 0.3
-    out, denominator = _normalised(p, out, q_norm, k_norm, v)
+    one_batch = p.batch == "all" or p.B == 1
+    fold = p.axes == "folded" and one_batch and (p.heads in ("all", "repeated") or p.H == 1)
+    if fold:
+        q, k, v, q_norm, k_norm = (x.flatten(0, 1) for x in (q, k, v, q_norm, k_norm))
+    if p.near_miss:
+        out, numerator, z, state = miss(p, q, k, v, given)
+    else:
+        if p.normaliser == "padded":
+            v = F.pad(v, (0, 1), value=1.0)
+        numerator, state = product(p, q, k, v)
+        if p.axes == "unused":
+            numerator, q_norm, k_norm = (x.squeeze(1) for x in (numerator, q_norm, k_norm))
+        out, z = normalised(p, numerator, q_norm, k_norm)
+    if fold:
+        out = out.unflatten(0, (p.B, p.H))
     if p.dtype == "upcast":
         out = out.to(dtype)
     if p.touch == "features after":
@@ -210,100 +309,24 @@ def _run(p: Program, given: list[Tensor]) -> Any:
     if p.touch == "inputs after" and p.layout == "bhnd":
         raw = raw * 1.0
         raw.add_(1)
-    extra = {"state": state, "features": q_norm, "denominator": denominator}.get(p.escape)
+    if p.touch == "result after":
+        result.mul_(0.5)
+    escaping = {"state": state, "features": q_norm, "denominator": z, "numerator": numerator}
+    extra = escaping.get(p.escape)
+    if p.division == "in place" and p.escape == "numerator":
+        extra = None  # it is the result
     return result if extra is None else (result, extra)
-
-
-def _product(
-    p: Program, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """(q kᵀ) v or q (kᵀ v), and the state if there is one."""
-    if p.near_miss:
-        return _near_miss(p, q, k, v, given), None
-    if p.spelling == "three" and q.dim() == 4:
-        return torch.einsum("bhnc,bgmc,bjmd->bhnd", q, k, v) if p.heads != "all" else (
-            torch.einsum("bhnc,bhmc,bhmd->bhnd", q, k, v)
-        ), None
-    if p.order == "scores":
-        scores = _contract(p, q, k, "nt")
-        return _contract(p, scores, v, "nn"), None
-    state = _contract(p, k, v, "tn")
-    return _contract(p, q, state, "nn"), state
-
-
-def _contract(p: Program, a: Tensor, b: Tensor, kind: str) -> Tensor:
-    """a·b, a·bᵀ ("nt") or aᵀ·b ("tn") over the last two dims, spelled in one of several ways."""
-    if p.spelling == "einsum":
-        left, right = {"nn": ("ij", "jk"), "nt": ("ij", "kj"), "tn": ("ji", "jk")}[kind]
-        return torch.einsum(f"...{left},...{right}->...ik", a, b)
-    a = a.transpose(-1, -2) if kind == "tn" else a
-    b = b.transpose(-1, -2) if kind == "nt" else b
-    if p.spelling == "sum":
-        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
-    if p.spelling == "bmm":
-        batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-        a = a.expand(*batch, *a.shape[-2:]).reshape(-1, *a.shape[-2:])
-        b = b.expand(*batch, *b.shape[-2:]).reshape(-1, *b.shape[-2:])
-        return torch.bmm(a, b).reshape(*batch, a.shape[-2], b.shape[-1])
-    return a @ b
-
-
-def _near_miss(p: Program, q: Tensor, k: Tensor, v: Tensor, given: list[Tensor]) -> Tensor:
-    if p.near_miss == "prefix sum":
-        states = (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(-3)
-        return (q.unsqueeze(-2) @ states).squeeze(-2)
-    if p.near_miss == "parameter":
-        return q @ given.pop() @ (k.transpose(-1, -2) @ torch.ones_like(v))
-    scores = q @ k.transpose(-1, -2)
-    if p.near_miss == "softmax":
-        scores = scores.softmax(-1)
-    elif p.near_miss == "causal":
-        scores = scores.tril()
-    elif p.near_miss == "relu scores":
-        scores = F.relu(scores - 0.5)
-    elif p.near_miss == "bias":
-        scores = scores + given.pop()
-    elif p.near_miss == "distance":
-        scores = scores * given.pop()
-    return scores @ v
-
-
-def _normalised(
-    p: Program, out: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    if p.normaliser == "none":
-        return out, None
-    if p.normaliser == "vector":
-        z = q @ k.sum(-2).unsqueeze(-1)
-    elif p.normaliser == "mean":
-        z = q @ k.mean(dim=-2, keepdim=True).transpose(-1, -2)
-    elif p.normaliser == "einsum":
-        z = torch.einsum("bhnc,bgc->bhn" if p.heads != "all" else "bhnc,bhc->bhn", q, k.sum(2))
-        z = z.unsqueeze(-1)
-    elif p.normaliser == "ones":
-        z = q @ (k.transpose(-1, -2) @ torch.ones_like(k[..., :1]))
-    else:
-        z = (q @ k.transpose(-1, -2)).sum(-1, keepdim=True)
-    if p.guard == "add":
-        z = z + 1e-4
-    elif p.guard == "clamp":
-        z = z.clamp(min=1e-2)
-    if p.division == "div":
-        return out / z, z
-    if p.division == "reciprocal":
-        return out * (1 / z), z
-    if out.shape != torch.broadcast_shapes(out.shape, z.shape) or out.dtype != z.dtype:
-        return out / z, z
-    return out.div_(z), z
 
 
 def _after(p: Program, out: Tensor, raw: Tensor, given: list[Tensor]) -> Tensor:
     if p.after == "merge heads":
-        return out.transpose(1, 2).reshape(p.B, out.shape[2], -1)
+        return out.transpose(1, 2).reshape(p.B, p.N, -1)
     if p.after == "image":
-        return out.transpose(-1, -2).reshape(p.B, -1, 1, out.shape[2])
+        return out.transpose(-1, -2).reshape(p.B, -1, 1, p.N)
     if p.after == "residual":
         return out + raw
     if p.after == "gate":
         return out * torch.sigmoid(given.pop(0))
+    if p.after == "slice":
+        return out[:, :, : p.N // 2 + 1]
     return F.gelu(out) if p.after == "gelu" else out
