@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import Max
 
 from bla_inductor.algebra import Axes, Axis, Index, Observation, Size, axis_size, equal
 from bla_inductor.algebra.index import as_size
@@ -162,11 +163,21 @@ class Emitter:
         mine = self.fake(node)
         return mine.dim() == other.dim() and all(
             equal(as_size(a), as_size(b))
-            and (equal(as_size(a), 1) or equal(as_size(s), as_size(t)))
+            and (equal(as_size(a), 1) or equal(_occupied(as_size(s)), _occupied(as_size(t))))
             for a, b, s, t in zip(
                 mine.shape, other.shape, mine.stride(), other.stride(), strict=True
             )
         )
+
+
+def _occupied(stride: Size) -> Size:
+    """A stride of a tensor that has elements. Torch tells contiguous ones as products of max(1,
+    size), but not everywhere.
+    """
+    if isinstance(stride, int):
+        return stride
+    told = {m: sympy.Mul(*m.args) for m in stride.atoms(Max) if len(m.args) == 2 and 1 in m.args}
+    return stride.xreplace(told)
 
 
 def memory_order(tensor: torch.Tensor, hint: Callable[[Size], int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 Two matrix products in a row with something between them that cannot be moved (a softmax, a dropout,
 a tanh on the state) are what people take for linear attention when they ask why nothing was found.
+So are two with a mask between them that leaves nothing to sum over.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from bla_inductor.algebra import Guard, Leaf, Observation, Read, Term, Value
+from bla_inductor.algebra import Delta, Guard, Leaf, Observation, Read, Term, Value
 from bla_inductor.patterns import FAMILY
 from bla_inductor.report import Refusal, locate
 
@@ -33,6 +34,12 @@ def nearest(gm: fx.GraphModule, seen: Observation) -> list[Refusal]:
         if step is not None and step not in told:  # else a reshape of the same, lines below
             told.add(step)
             reason = _reason(step)
+        if _on_a_diagonal(node, seen):
+            reason = (
+                "a mask keeps the diagonal of the first product alone, so that the second has "
+                "nothing to sum over: write (q * k).sum(-1, keepdim=True) * v, or, of the state, "
+                "q * (k * v).sum(-2, keepdim=True)"
+            )
         if reason is not None:
             refusal = Refusal(FAMILY, reason, locate(node), node.name)
             found.setdefault((str(refusal.location), reason), refusal)
@@ -59,6 +66,15 @@ def _between(value: Value | None, seen: Observation) -> Leaf | None:
                 if any(_is_product(v, running) for v in _made_of(leaf, seen)):
                     return leaf
     return None
+
+
+def _on_a_diagonal(node: fx.Node, seen: Observation) -> bool:
+    """Whether `node` is a second product whose sum is over one entry, as a mask in it says."""
+    value = seen.values.get(node)
+    if value is None or value.term.depth < 2 or len(value.term.bound) > 1:
+        return False
+    inputs = [seen.values[n].term for n in node.all_input_nodes if n in seen.values]
+    return any(term.bound and any(isinstance(f, Delta) for f in term.factors) for term in inputs)
 
 
 def _made_of(leaf: Leaf, seen: Observation) -> list[Value]:

@@ -175,9 +175,9 @@ class Catalogue:
         """A factor of its own, as it stands in the graph."""
         if isinstance(factor, Guard):
             return self._divided(factor, before)
-        node = None if isinstance(factor, Delta) else factor.leaf.node
-        if node is None or isinstance(factor, Delta):
-            raise Unemittable("a factor inside one operator cannot be separated from it")
+        assert not isinstance(factor, Delta)  # no family matches one that is left over
+        node = factor.leaf.node
+        assert node is not None  # every leaf of a node's Value is the result of a node
         if isinstance(factor, Mask):
             source = Source(node, factor.axes, 1.0, torch.bool)
             return Piece(source, "where" if factor.keep else "unless", factor.leaf.born)

@@ -17,11 +17,11 @@ from torch import fx
 
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
 from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
-from bla_inductor.algebra import Axes, Axis, Index, Observation, Value, product
+from bla_inductor.algebra import Axes, Axis, Index, Observation, Read, Term, Value, product
 from bla_inductor.cost import KERNEL_LIMIT, Problem
 from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Operand, Piece, Source
-from bla_inductor.ops.layout import known
+from bla_inductor.ops.layout import known, readable
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.report import Location
 
@@ -110,11 +110,6 @@ class Plan:
         return kept is not None and kept.itemsize > self.compute_dtype.itemsize
 
     def _check(self, seen: Observation) -> None:
-        devices = {seen.tensors[node].device for o in self.operands.values() for node, _ in o.nodes}
-        if len(devices) != 1:
-            raise Unemittable(
-                f"q, k and v are on different devices: {', '.join(map(str, devices))}"
-            )
         for dtype in (self.compute_dtype, self.dtype):
             if dtype not in _DTYPES:
                 raise Unemittable(f"dtype {dtype}: the operator takes fp16, bf16, fp32 and fp64")
@@ -124,6 +119,11 @@ class Plan:
             if seen.written(node, after, before=at):
                 raise Unemittable(
                     f"`{node}` is modified in place after it was read; "
+                    "write it out of place (x = x + y instead of x += y)"
+                )
+            if _is_differentiated(self.root) and seen.written(node, at):
+                raise Unemittable(
+                    f"`{node}` is modified in place later, and its gradient needs it as it was; "
                     "write it out of place (x = x + y instead of x += y)"
                 )
         if (k_norm := self.gathered.k_norm) is not None:
@@ -147,6 +147,8 @@ class Plan:
             device=seen.tensors[self.root].device.type,
             itemsize=self.compute_dtype.itemsize,
             gradients=_is_differentiated(self.root),
+            upcast=self.upcast,
+            copied=sum(not _beside(operand, seen) for operand in self.operands.values()),
             float32=torch.get_float32_matmul_precision()
             if self.compute_dtype == torch.float32
             else "",
@@ -160,21 +162,29 @@ class Plan:
         return next((kind for kind in ("scores", "numerator", "state") if kind in kinds), "")
 
     def _kind(self, value: Value) -> str:
-        """What a tensor inside the attention is, by the letters that it has."""
-        if value.term.depth < 1 or len(value.term.factors) < 2:
+        """What a tensor inside the attention is, by what it is made of and sums over."""
+        term = value.term
+        if term.depth < 1 or len(term.factors) < 2:
             return ""
-        leaves = {leaf for f in value.term.factors for leaf in f.leaves()}
+        leaves = {leaf for f in term.factors for leaf in f.leaves()}
         of_q, of_k, of_v = (
             bool(leaves & {leaf for f in o.factors for leaf in f.leaves()})
             for o in (self.gathered.q, self.gathered.k, self.gathered.v)
         )
-        sizes = [i.size for axis in value.axes for i in axis]
-        if of_q and of_k and of_v:
-            return "numerator"
-        if of_k and of_v:
-            return "state"
-        has_m = all(i.size in sizes for i in self.gathered.k.rows)
-        return "scores" if of_q and of_k and has_m and len(sizes) > len(self.batch) + 1 else ""
+        matrix = sum(map(len, value.axes)) > len(self.batch) + 1
+        if of_q and of_k and matrix and not self._sums_keys(term):
+            return "scores"
+        if of_q and of_k and matrix and term.depth > 1:
+            return "numerator"  # with channels more than v's, where v is a slice
+        return "state" if of_k and of_v else ""
+
+    def _sums_keys(self, term: Term) -> bool:
+        """Whether the sequence of the keys is summed over."""
+        k = self.gathered.k.reads[0]
+        rows = set(self.gathered.k.rows)
+        places = [at for at, axis in enumerate(k.axes) if rows & set(axis)]
+        reads = [f for f in term.factors if isinstance(f, Read) and f.leaf is k.leaf]
+        return bool({i for f in reads for at in places for i in f.axes[at]} & set(term.bound))
 
     def emit(self, emitter: Emitter, seen: Observation) -> fx.Node:
         """Write the operator and what surrounds it; the node that takes the place of `root`."""
@@ -291,17 +301,22 @@ class Plan:
         return result if known else emitter.cast(result, torch.float32)
 
 
+def _beside(operand: Operand, seen: Observation) -> bool:
+    """Whether the channels of an operand are beside each other in memory, or will be."""
+    if operand.source is None:
+        return True
+    strides = seen.tensors[operand.source.node].stride()
+    axes = zip(operand.source.axes, strides, strict=True)
+    return any(operand.columns[-1:] == axis[-1:] and known(s == 1) for axis, s in axes)
+
+
 def _readable(emitter: Emitter, node: fx.Node) -> fx.Node:
     """On CUDA, a copy of what the kernels could not read in wide pieces along the features.
 
     They would make one as well, but of this one Inductor makes a part of what comes before.
     """
     fake = emitter.fake(node)
-    rows = zip(fake.shape[:-1], fake.stride()[:-1], strict=True)
-    wide = known(fake.stride(-1) == 1) and all(
-        known(size == 1) or known(stride % 16 == 0) for size, stride in rows
-    )
-    if fake.device.type != "cuda" or wide:
+    if fake.device.type != "cuda" or readable(fake):
         return node
     return emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 
@@ -314,7 +329,9 @@ def _read(emitter: Emitter, piece: Piece) -> fx.Node:
 
 def _applied(emitter: Emitter, result: fx.Node, piece: Piece, axes: Axes) -> fx.Node:
     """One more factor of a product."""
-    other = emitter.laid_out(_read(emitter, piece), piece.source.axes, axes, [False] * len(axes))
+    other = _read(emitter, piece)
+    if emitter.fake(other).dim():  # else a scalar, which may be on the CPU as long as it is one
+        other = emitter.laid_out(other, piece.source.axes, axes, [False] * len(axes))
     if piece.how in ("where", "unless"):
         gone = emitter.call(aten.logical_not.default, other) if piece.how == "where" else other
         return emitter.call(aten.masked_fill.Scalar, result, gone, 0)

@@ -59,7 +59,7 @@ def _rewrite(
     try:
         seen = observe(gm, inputs, fixed)
     except Opaque as opaque:
-        node = next(iter(gm.graph.nodes))
+        node = next(n for n in gm.graph.nodes if n.op != "placeholder")
         reason = str(opaque).partition("\n")[0]  # the interpreter adds where it was
         report.refusals.append(Refusal(FAMILY, reason, locate(node)))
         return report
@@ -109,7 +109,7 @@ def _apply(
     for root, node in [*pairs, *((made.root, made.node) for made in approximations)]:
         _keep_gradient(root, node)
         root.replace_all_uses_with(node)
-    _erase_dead(gm, seen, used, selection.needed)
+    _erase_dead(gm, seen, used, selection)
     gm.graph.lint()
     gm.recompile()
 
@@ -141,14 +141,15 @@ def _only_reported(plan: Plan) -> Refusal:
 
 
 def _erase_dead(
-    gm: fx.GraphModule, seen: Observation, used: set[fx.Node], needed: set[fx.Node]
+    gm: fx.GraphModule, seen: Observation, used: set[fx.Node], selection: Selection
 ) -> None:
     """Erase what the rewrite has left without a reader, and nothing that was unread before."""
+    needed, roots = selection.needed, selection.roots
     for node in reversed(gm.graph.nodes):
         if node.users or node.op in ("placeholder", "output") or node not in seen.position:
             continue
         writes = bool(seen.written_at(node))
-        if (node in used or writes) and not (writes and has_effect(node, seen, needed)):
+        if (node in used or writes) and not (writes and has_effect(node, seen, needed, roots)):
             gm.graph.erase_node(node)
 
 

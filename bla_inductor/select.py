@@ -7,12 +7,14 @@ layout that the reader reads. What only a replaced node needed is not visited.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from bla_inductor.algebra import Guard, Observation, Read, Value
+from bla_inductor.algebra.observation import reads_elements
 from bla_inductor.cost import decide
 from bla_inductor.emit import Emitter, Unemittable
 from bla_inductor.operands import Catalogue
@@ -34,6 +36,11 @@ class Selection:
     refusals: list[Refusal] = field(default_factory=list)
     needed: set[fx.Node] = field(default_factory=set)
 
+    @property
+    def roots(self) -> set[fx.Node]:
+        """The nodes that the plans replace."""
+        return {plan.root for plan, _ in self.plans}
+
 
 def select(gm: fx.GraphModule, seen: Observation, options: Options) -> Selection:
     """Find the places to rewrite, and write the new nodes before them; nothing reads those yet.
@@ -44,19 +51,38 @@ def select(gm: fx.GraphModule, seen: Observation, options: Options) -> Selection
     return _Selector(gm, seen, options).run()
 
 
-def has_effect(node: fx.Node, seen: Observation, needed: set[fx.Node]) -> bool:
+def has_effect(
+    node: fx.Node, seen: Observation, needed: set[fx.Node], roots: Collection[fx.Node]
+) -> bool:
     """Whether `node` matters although nothing that matters uses its result.
 
     An in-place operator matters when somebody reads that memory afterwards, or when it is an
-    input's.
+    input's. A replaced root and its views, and what was emitted for it, have new memory.
     """
     storages = seen.written_at(node)
     if not storages:
         return not node.users
+    new: dict[fx.Node, bool] = {}
+
+    def is_new(node: fx.Node, *, replaced: bool = True) -> bool:
+        if (node in roots and replaced) or node not in seen.position:
+            return True
+        if node not in new:
+            storage = seen.storage_of(seen.tensors[node])
+            sources = [
+                n
+                for n in node.all_input_nodes
+                if n not in seen.position
+                or (n in seen.tensors and seen.storage_of(seen.tensors[n]) == storage)
+            ]
+            new[node] = bool(sources) and all(map(is_new, sources))
+        return new[node]
+
     return any(
         other is not node
         and (other in needed or other.op in ("placeholder", "get_attr"))
         and seen.storage_of(tensor) in storages
+        and is_new(other) == (node in seen.tensors and is_new(node, replaced=False))
         for other, tensor in seen.tensors.items()
     )
 
@@ -70,30 +96,32 @@ class _Selector:
     def run(self) -> Selection:
         result = Selection()
         needed = result.needed
-        refused: dict[tuple[str, frozenset[int]], Refusal] = {}
-        chosen: set[frozenset[int]] = set()
+        refused: dict[tuple[str, frozenset[int]], tuple[Refusal, bool]] = {}
+        chosen: set[tuple[frozenset[int], bool]] = set()
         for node in list(reversed(self.gm.graph.nodes)):
             idle = node.op != "output" and node not in needed
-            if idle and not has_effect(node, self.seen, needed):
+            if idle and not has_effect(node, self.seen, needed, result.roots):
                 continue
             attention = self.matched(node)
             if isinstance(attention, LinearAttention) and attention.note:
                 note = Refusal(FAMILY, attention.note, locate(node), node.name)
-                refused[attention.note, frozenset()] = note
+                refused[attention.note, frozenset()] = note, False
             if isinstance(attention, LinearAttention) and not self.better_inside(node, attention):
                 plan = self.plan(node, attention)
                 if not isinstance(plan, Refusal):
                     result.plans.append(plan)
-                    chosen.add(_leaves(attention))
+                    chosen.add(_identity(attention))
                     needed.update(node for node, _ in plan[0].reads)
                     continue
-                refused[plan.reason, _leaves(attention)] = plan
+                leaves, normalised = _identity(attention)
+                refused[plan.reason, leaves] = plan, normalised
             elif isinstance(attention, Mismatch):
                 refusal = Refusal(FAMILY, attention.reason, locate(node), node.name)
-                refused[attention.reason, frozenset()] = refusal
-            needed.update(node.all_input_nodes)
+                refused[attention.reason, frozenset()] = refusal, False
+            if reads_elements(node):
+                needed.update(node.all_input_nodes)
         # A root that did not work is no news where a smaller one of the same attention did.
-        told = [r for (_, leaves), r in refused.items() if leaves not in chosen]
+        told = [r for (_, of), (r, divided) in refused.items() if (of, divided) not in chosen]
         result.refusals = told[::-1]
         result.plans.reverse()
         return result
@@ -175,7 +203,7 @@ class _Selector:
         if not decision.pays and self.options.rewrite != "always":
             return Refusal(FAMILY, decision.reason, location, node.name)
         if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):
-            why = "it is a view of a tensor that is modified in place later"
+            why = "it is a view of a tensor that is modified in place later; write it out of place"
             return Refusal(FAMILY, why, location, node.name)
         return None
 
@@ -191,10 +219,13 @@ def _is_product(value: Value) -> bool:
 
 
 def _as_rich(a: LinearAttention, b: LinearAttention) -> bool:
-    return (a.normaliser is None) == (b.normaliser is None) and _leaves(a) == _leaves(b)
+    return _identity(a) == _identity(b)
 
 
-def _leaves(attention: LinearAttention) -> frozenset[int]:
-    """What the products are of: two matches of the same are the same attention."""
+def _identity(attention: LinearAttention) -> tuple[frozenset[int], bool]:
+    """What the products are of, and whether they are normalised: two matches with the same are the
+    same attention.
+    """
     factors = (*attention.q, *attention.k, *attention.v)
-    return frozenset(id(leaf) for f in factors for leaf in f.leaves())
+    leaves = frozenset(id(leaf) for f in factors for leaf in f.leaves())
+    return leaves, attention.normaliser is not None

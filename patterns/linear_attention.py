@@ -26,7 +26,14 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 from bla_inductor.patterns.contraction import Contraction, Known, Roles, Unsplittable
-from bla_inductor.patterns.normaliser import Mismatch, Normaliser, coupling, hidden, normaliser
+from bla_inductor.patterns.normaliser import (
+    OUTSIDE,
+    Mismatch,
+    Normaliser,
+    coupling,
+    hidden,
+    normaliser,
+)
 
 from bla_inductor.algebra import Delta, Factor, Guard, Index, Read, Size, Term, Value, product
 
@@ -110,7 +117,7 @@ def _added(term: Term, known: Known, hint: Hint) -> Mismatch | None:
             if isinstance(match(value, known, hint), LinearAttention):
                 return Mismatch(
                     f"`{factor.leaf}` adds a term to the numerator before the division: the "
-                    "numerator is replaced alone, the term and the division stay"
+                    "term and the division stay outside the operator"
                 )
     return None
 
@@ -126,7 +133,7 @@ def _complete(term: Term, roles: Roles, known: Known) -> LinearAttention | Misma
     """The roles with their normaliser, if one of the outer factors is one."""
     letters, batch, n = roles.letters, roles.batch, roles.letters["n"]
     if any(isinstance(f, Delta) for f in term.factors):
-        return Mismatch("the result is spread over a diagonal: what comes before that is replaced")
+        return Mismatch("the result is spread over a diagonal, which stays outside the operator")
     chosen: Normaliser | None = None
     outer, note = list(roles.outer), ""
     beside = (*roles.operands["q"], *roles.operands["k"])
@@ -144,9 +151,11 @@ def _complete(term: Term, roles: Roles, known: Known) -> LinearAttention | Misma
     if chosen is not None:
         keys = frozenset[Index]().union(*(f.indices() for f in chosen.k))
         shared = tuple(i for i in n if i in keys)  # a head that k' has and k has not
-        batch, n = (*batch, *shared), tuple(i for i in n if i not in shared)
-        if not n:
-            return Mismatch("the normaliser has no query axis of its own")
+        if len(shared) < len(n):
+            batch, n = (*batch, *shared), tuple(i for i in n if i not in shared)
+        else:
+            chosen, outer = None, list(roles.outer)
+            note = note or f"{OUTSIDE}: every query has keys of its own in it"
     return LinearAttention(
         term.coef,
         roles.operands["q"],
@@ -161,7 +170,7 @@ def _complete(term: Term, roles: Roles, known: Known) -> LinearAttention | Misma
         tuple(outer),
         term.bound[-1] in letters["m"],
         term.precision,
-        note,
+        note if chosen is None else "",  # of one that is inside, others are none
     )
 
 

@@ -29,10 +29,10 @@ from bla_inductor.algebra import (
     refine,
 )
 
-__all__ = ["Mismatch", "Normaliser", "coupling", "hidden", "normaliser"]
+__all__ = ["OUTSIDE", "Mismatch", "Normaliser", "coupling", "hidden", "normaliser"]
 
 NORMALISER = Contraction("q: n c, k: m c -> n")
-_OUTSIDE = "its normaliser stays outside the operator"
+OUTSIDE = "its normaliser stays outside the operator"
 _MOST_STEPS = 6
 
 
@@ -65,19 +65,21 @@ def normaliser(
     """
     for roles in NORMALISER.solve(_split_like(guard.term, beside), known):
         if isinstance(roles, Unsplittable):
-            return Mismatch(f"{_OUTSIDE}: in it, {coupling(roles)}")
+            return Mismatch(f"{OUTSIDE}: in it, {coupling(roles)}")
         q = (*roles.operands["q"], *roles.outer)
+        if any(isinstance(f, Delta) for f in guard.term.factors):
+            return Mismatch(f"{OUTSIDE}: a mask that compares positions decides what it sums")
         queries = frozenset[Index]().union(*(f.indices() for f in q))
         if queries - set(roles.letters["c"]) <= allowed:
             k, c, m = roles.operands["k"], roles.letters["c"], roles.letters["m"]
             return Normaliser(guard.kind, guard.term.coef, guard.eps, q, k, c, m)
     if any(isinstance(f, Guard) and f.power == 1 for f in guard.term.factors):
         return Mismatch(
-            f"{_OUTSIDE}: a number is added to Σk before the product with q; "
+            f"{OUTSIDE}: a number is added to Σk before the product with q; "
             "add it to the product instead, q·Σk + eps"
         )
     leaves = ", ".join(sorted({str(leaf) for leaf in guard.term.leaves()}))
-    return Mismatch(f"{_OUTSIDE}: the divisor (of {leaves}) is not a sum of q·k over the keys")
+    return Mismatch(f"{OUTSIDE}: the divisor (of {leaves}) is not a sum of q·k over the keys")
 
 
 def _split_like(term: Term, beside: Sequence[Factor]) -> Term:
@@ -106,7 +108,7 @@ def hidden(divisor: Read, inside: set[Leaf]) -> Mismatch | None:
         for value in values:
             if any(inside <= set(term.leaves()) for term in _sums(value.term)):
                 return Mismatch(
-                    f"{_OUTSIDE}: `{leaf.operation}` comes between Σ q·k and the division, "
+                    f"{OUTSIDE}: `{leaf.operation}` comes between Σ q·k and the division, "
                     "and only z, z + eps and max(z, eps) are part of it"
                 )
             pending += value.term.leaves()

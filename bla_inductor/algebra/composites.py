@@ -20,6 +20,7 @@ import torch
 from bla_inductor.algebra.index import Index, as_size, equal
 from bla_inductor.algebra.product_rules import contracted, operand
 from bla_inductor.algebra.registry import Lookup, Result, Unruled, rule
+from bla_inductor.algebra.sum_rules import added
 from bla_inductor.algebra.term import Value
 
 __all__ = ["Call", "Dissolve", "whole"]
@@ -216,12 +217,11 @@ def _of_rank(value: Value, rank: int) -> Value:
 def _linear(
     V: Lookup, out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: Any = None
 ) -> Result:
-    """x[…, c] · weight[n, c]; a sum with a bias is a leaf."""
-    if bias is not None:
-        return None
+    """x[…, c] · weight[n, c] + bias[n]."""
     if x.dim() < 1 or weight.dim() != 2:
         raise Dissolve
-    return contracted(operand(V, x), operand(V, weight), {}, {x.dim() - 1: 1}, out.dtype)
+    product = contracted(operand(V, x), operand(V, weight), {}, {x.dim() - 1: 1}, out.dtype)
+    return product if bias is None else added(V, out, product, bias)
 
 
 @rule(aten.einsum)

@@ -22,6 +22,8 @@ def _same(V: Lookup, out: torch.Tensor, x: torch.Tensor, **_: Any) -> Result:
     written = scalar(V, x) if value.term.factors and not x.dim() else None
     if written is not None:
         return constant(written, out)
+    if value.term.factors and x.device != out.device:
+        return None  # an operator reads tensors of one device
     if value.dtype == out.dtype:
         return value
     if not _keeps(value, x.dtype, out.dtype):

@@ -14,9 +14,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bla_inductor.algebra.index import Size
 from bla_inductor.algebra.term import Value
 
-__all__ = ["Body", "Observation", "Opaque"]
+__all__ = ["Body", "Observation", "Opaque", "reads_elements"]
 
 _UNKNOWN = 4096  # what an unbacked size is taken to be where a decision needs a number
+
+
+_METADATA = {"size", "dim", "ndimension", "numel", "stride", "storage_offset", "is_contiguous"}
+
+
+def reads_elements(node: fx.Node) -> bool:
+    """Whether `node` needs more of its inputs than their sizes and the like, which the compiler
+    knows without computing them.
+    """
+    if node.op == "call_method":
+        return node.target not in _METADATA
+    return node.target not in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int)
 
 
 class Opaque(Exception):

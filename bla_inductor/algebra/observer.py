@@ -68,7 +68,8 @@ class Observer(TorchDispatchMode):
         Raises NotOne where it has to be run for good; nothing is noted then but casts.
         """
         (first, *_) = tensors_in(result)
-        autocast = torch.is_autocast_enabled(first.device.type)
+        device = first.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         recorded = self.recorded = Recorded(result, self._cast if autocast else None)
         try:
             with compat.below_autograd():

@@ -16,7 +16,7 @@ from bla_inductor.algebra.registry import Lookup, Result, number, rule, scalar
 from bla_inductor.algebra.signs import nonnegative
 from bla_inductor.algebra.term import Leaf, Origin, Value, guarded, leaf_value
 
-__all__: list[str] = []
+__all__ = ["added"]
 
 aten = torch.ops.aten
 
@@ -107,7 +107,7 @@ def _added_contraction(
     V: Lookup, out: torch.Tensor, x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1
 ) -> Result:
     ranks = {3: bmm, 2: mm if b.dim() == 2 else mv}
-    return _plus(V, out, ranks[a.dim()](V, out, a, b), alpha, x, beta)
+    return added(V, out, ranks[a.dim()](V, out, a, b), x, alpha, beta)
 
 
 @rule(aten.addbmm)
@@ -115,21 +115,21 @@ def _addbmm(
     V: Lookup, out: torch.Tensor, x: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1
 ) -> Result:
     product = contract(V, a, b, {}, {0: 0, 2: 1}, out)
-    return _plus(V, out, product, alpha, x, beta)
+    return added(V, out, product, x, alpha, beta)
 
 
 @rule(aten.addcmul)
 def _addcmul(V: Lookup, out: torch.Tensor, x: Any, a: Any, b: Any, *, value: Any = 1) -> Result:
-    return _plus(V, out, mul(V, out, a, b), value, x, 1)
+    return added(V, out, mul(V, out, a, b), x, value)
 
 
 @rule(aten.addcdiv)
 def _addcdiv(V: Lookup, out: torch.Tensor, x: Any, a: Any, b: Any, *, value: Any = 1) -> Result:
-    return _plus(V, out, div(V, out, a, b), value, x, 1)
+    return added(V, out, div(V, out, a, b), x, value)
 
 
-def _plus(
-    V: Lookup, out: torch.Tensor, product: Result, alpha: Any, x: torch.Tensor, beta: Any
+def added(
+    V: Lookup, out: torch.Tensor, product: Result, x: torch.Tensor, alpha: Any = 1, beta: Any = 1
 ) -> Result:
     """alpha · product + beta · x, in one operator: a leaf that remembers the two."""
     alpha, beta = number(alpha), number(beta)

@@ -175,6 +175,22 @@ def bias_by_baddbmm(q, k, v, bias):
     return torch.baddbmm(bias.view(1, 1, -1), q, torch.bmm(k.mT, v)).relu()
 
 
+@further((50, D), (60, D), (60, D), (D,))
+def bias_by_linear(q, k, v, bias):
+    return F.linear(q, v.T @ k / k.shape[0], bias).relu()
+
+
+@further((B, N, D), (60, D), (60, D), (D,))
+def bias_by_linear_of_a_batch(q, k, v, bias):
+    return F.linear(q, (v.T @ k).contiguous(), bias * 2)
+
+
+@further((50, D), (60, D), (60, D), normalised=True)
+def eps_by_linear(q, k, v):
+    q, k = phi(q, k)
+    return F.linear(q, v.T @ k) / F.linear(q, k.sum(0, keepdim=True), k.new_full((1,), 1e-3))
+
+
 @further((50, D), (50, D), (50, D))
 def residual_by_addmm_in_place(q, k, v):
     out = v * 2

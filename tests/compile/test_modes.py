@@ -31,17 +31,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ (k.mT @ v)) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6)
 
 
-def tensors(n: int = 40) -> list[Tensor]:
-    return [torch.rand(2, 3, n, 8).requires_grad_() for _ in range(3)]
+def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.rand(2, 3, 40, 8).to(dtype).requires_grad_() for _ in range(3)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes(mode: str) -> None:
-    """On a CPU as well, and with new data in the second call."""
+    """On a CPU as well, and with new data in the second call. In bf16, since in fp32 the order of
+    the sums decides, which Inductor chooses, and it differs from one torch to the next.
+    """
     run = torch.compile(attention, backend="bla", mode=mode, fullgraph=True)
     for _ in range(2):
-        assert_no_less_accurate(run, attention, tensors())
+        assert_no_less_accurate(run, attention, tensors(torch.bfloat16))
     assert counted() == {"graphs": 1, "matched": 1, "refused": 0}
 
 

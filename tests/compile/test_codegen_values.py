@@ -1,0 +1,139 @@
+"""What the kernels that Inductor generates compute, in Triton's interpreter, and without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bla_inductor import lowering
+from tests.compile import nogpu
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="imagines a device where there is none"
+)
+
+bla = torch.ops.bla
+RELU = "Piecewise((x, x > 0), (0, True))"
+SQUARE = "Piecewise((x**2, x > 0), (0, True))"
+TOKENS_LAST = [0, 2, 1, 3]
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    lowering.register()
+
+
+def formula(**keywords: Any) -> dict[str, Any]:
+    return {"q_map": SQUARE, "k_map": SQUARE, "normalizer": "add", "eps": 0.5, **keywords}
+
+
+class Case:
+    """Inputs and formula for a forward and a backward whose every result is compared.
+
+    shapes: q, k, v, then q_norm and k_norm, then the key weight if `weight`. symbolic: sizes that
+    are symbols when the code is generated, with another hint than the size it then runs at. joined:
+    dq, dk, dv are one tensor, as the gradient of a projection to all three.
+    """
+
+    def __init__(
+        self,
+        shapes,
+        keywords,
+        dtype=torch.float32,
+        weight="",
+        order=None,
+        symbolic=(),
+        joined=False,
+    ):
+        self.shapes, self.keywords, self.dtype = list(shapes), keywords, dtype
+        self.joined = joined
+        self.weight, self.order, self.symbolic = weight, order, symbolic
+        q, v = self.shapes[0], self.shapes[2]
+        self.shapes.append((*q[:-1], v[-1]))
+
+    def function(self, *tensors):
+        *tensors, do = tensors
+        keywords = dict(self.keywords)
+        weight = tensors.pop() if self.weight else None
+        if self.weight == "mask":
+            weight = weight > 0
+        q, k, v, q_norm, k_norm = [*tensors, None, None][:5]
+        if self.symbolic:
+            keywords["scale"] = 1 / k.shape[-2]
+        inputs = (q, k, v, q_norm, k_norm, weight)
+        out, state, key_sum = bla.linear_attention_forward(
+            *inputs, **keywords, out_order=self.order
+        )
+        needs = [True] * 3 + [q_norm is not None] * 2 + [self.weight == "float"]
+        grads = bla.linear_attention_backward(do, *inputs, state, key_sum, **keywords, needs=needs)
+        wanted = [g for g, need in zip(grads, needs, strict=True) if need]
+        if self.joined:
+            wanted[:3] = [torch.stack(wanted[:3]).permute(1, 3, 0, 2, 4).flatten(2)]
+        return [out, state, *([key_sum] if key_sum.numel() else []), *wanted]
+
+    def make(self, make: nogpu.Make) -> list[torch.Tensor]:
+        symbols = {size: make.size(size + 1) for size in self.symbolic}
+        return [
+            make.tensor(*(symbols.get(s, s) for s in shape), dtype=self.dtype)
+            for shape in self.shapes
+        ]
+
+    def save(self, file: Path) -> None:
+        inputs = [torch.randn(s).to(self.dtype) for s in self.shapes]
+        text = nogpu.code(self.function, self.make)
+        assert "torch.ops.bla" not in text
+        torch.save({"code": text, "inputs": inputs, "expected": self.function(*inputs)}, file)
+
+
+def same(n: int, *batch: int) -> list[tuple[int, ...]]:
+    return [(*batch, n, 16)] * 3
+
+
+fp16 = torch.float16
+CASES = {
+    "short": Case(same(40, 2, 3), formula(q_map=RELU, k_map=RELU), fp16),
+    "by splits": Case(same(300, 2, 3), formula(), order=TOKENS_LAST),
+    "one-headed": Case([(2, 4, 70, 16), (2, 1, 50, 16), (2, 1, 50, 48)], formula()),
+    "decoupled": Case(
+        [*same(40, 2), *[(2, 40, 32)] * 2], formula(q_norm_map=RELU, k_norm_map=RELU)
+    ),
+    "weighted": Case([*same(40, 2, 3), (2, 3, 40)], formula(), weight="float"),
+    "masked": Case(
+        [*same(40, 2, 3), (2, 1, 40)], formula(q_map=RELU, k_map=RELU), fp16, weight="mask"
+    ),
+    "no normaliser": Case(same(40, 2, 3), {"scale": 0.01}, order=[2, 0, 1, 3]),
+    "clamped": Case(same(40, 2, 3), formula(normalizer="clamp", eps=3.0, norm_scale=0.1)),
+    "unfused query pass": Case([(1, 2, 40, 64)] * 3, formula()),
+    "symbolic": Case(same(300, 2, 3), formula(), order=TOKENS_LAST, symbolic=(2, 300)),
+    "no batch": Case(same(40), formula()),
+    "joined": Case(same(40, 2, 3), formula(q_map=RELU, k_map=RELU), fp16, joined=True),
+    "joined, by passes": Case(same(300, 2, 3), formula(), joined=True),
+    "three batch dims": Case(same(20, 2, 2, 3), formula()),
+    "softmax features": Case(same(40, 2, 3), {"q_map": "softmax", "k_map": "softmax"}),
+}
+
+
+def test_values_in_the_interpreter(tmp_path: Path) -> None:
+    """Every result of every case equals the operators' plain path."""
+    files = []
+    for name, case in CASES.items():
+        files.append(tmp_path / f"{name.replace(' ', '_')}.pt")
+        case.save(files[-1])
+    program = Path(__file__).with_name("interpreted_graphs.py")
+    done = subprocess.run(
+        [sys.executable, str(program), *map(str, files)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.count("equal") == len(CASES)
