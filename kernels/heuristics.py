@@ -86,7 +86,7 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
             return Tile(128, d, v, block(DN), 8, 3, 1)
         return Tile(64, d, v, block(DN), 4, 3, 2)
     if precision == "parts":
-        return Tile(64, d, min(v, 64), block(DN), 4, 2, 2)
+        return Tile(64, d, min(v, 64), block(DN), 4 if capability >= 9 else 8, 2, 2)
     v = min(v, 64, (4096 if precision == "split" else 8192) // d)
     if precision == "ieee":
         rows = 32 * 64 // max(64, d)
@@ -107,7 +107,7 @@ def query_pass_tile(
     if precision == "ieee":
         return Tile(16, d, v, block(DN), 8, 1)
     if precision == "parts":
-        return Tile(16, d, v, block(DN), 4, 2, 2)
+        return Tile(16, d, v, block(DN), 4 if capability >= 9 else 8, 2, 2)
     if precision == "native":
         if d * v <= 4096:
             if capability < 9:  # mma there wants the state in registers
@@ -225,9 +225,10 @@ def fused_query_pass(D: int, DV: int, precision: str, capability: int) -> bool:
     """
     if precision == "native" and capability >= 9:
         return True
-    limit = (
-        1024 if precision == "ieee" else 4096 if capability < 9 or precision == "parts" else 8192
-    )
+    if precision == "parts":
+        limit = 4096 if capability >= 9 else 1024
+    else:
+        limit = 1024 if precision == "ieee" else 4096 if capability < 9 else 8192
     return block(D) * block(DV) <= limit
 
 

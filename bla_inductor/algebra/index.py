@@ -3,15 +3,17 @@
 An axis of a tensor is a tuple of indices, major first: `(b, h)` is an axis of size `b.size *
 h.size` that somebody merged, and `()` an axis of size one. Two axes describe the same thing when
 they refine to the same indices. A size is a Python int, or a sympy expression where the graph is
-symbolic; nothing here touches the shape environment, so nothing here can install a guard.
+symbolic; the shape environment is only read, for the guards that it has, so nothing here can
+install one.
 """
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -63,9 +65,37 @@ Substitution = Mapping[Index, Axis]
 
 def as_size(value: int | torch.SymInt) -> Size:
     """A size as an int or a sympy expression, without specialising a symbolic one."""
-    if isinstance(value, torch.SymInt):
-        return _canonical(value.node.expr)
-    return int(value)
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    expr, env = value.node.expr, value.node.shape_env
+    if not expr.is_Symbol and env is not None and (known := _guarded(env)):
+        while (simpler := expr.xreplace(known)) != expr:
+            expr = simpler
+    return _canonical(expr)
+
+
+_equalities: weakref.WeakKeyDictionary[Any, tuple[int, dict[sympy.Expr, sympy.Expr]]]
+_equalities = weakref.WeakKeyDictionary()
+
+
+def _guarded(env: Any) -> dict[sympy.Expr, sympy.Expr]:
+    """What floor divisions are equal to, each in simpler words, by the guards there are.
+
+    Torch itself rewrites only symbols: where a batch of matrices needed that dim // head_dim is 1,
+    or another tensor's quotient, it has the guard and still tells the size as it was.
+    """
+    seen, known = _equalities.get(env, (0, {}))
+    for guard in env.guards[seen:]:
+        if isinstance(guard.expr, sympy.Eq):
+            simple, other = sorted(guard.expr.args, key=lambda e: (e.count_ops(), str(e)))
+            if _is_division(other):
+                known.setdefault(other, simple)
+    _equalities[env] = len(env.guards), known
+    return known
+
+
+def _is_division(expr: sympy.Expr) -> bool:
+    return type(expr).__name__ in ("FloorDiv", "CleanDiv")
 
 
 @lru_cache(maxsize=4096)
@@ -76,7 +106,7 @@ def _canonical(expr: sympy.Expr) -> Size:
     if expr.is_Symbol or not expr.args:
         return expr
     args = [_canonical(a) for a in expr.args]
-    if type(expr).__name__ in ("FloorDiv", "CleanDiv"):
+    if _is_division(expr):
         exact = quotient(*args)
         if exact is not None:
             return exact

@@ -89,7 +89,7 @@ def _check(pool, jobs):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("d", "dtype", "out_dtype"), POINTS)
 def test_no_spills(d, dtype, out_dtype, capability, pool):
-    if capability != 90 and (d, dtype) not in ((64, bf16), (128, bf16), (128, fp16)):
+    if capability != 90 and (d, dtype) not in ((64, bf16), (64, fp32), (128, bf16), (128, fp16)):
         pytest.skip("the grid is thinned: sm_90 has all head dims")
     phi = ELU1 if dtype == out_dtype else RELU  # the user's upcast comes with maps exact in 16 bits
     launches = _launches(d, dtype, out_dtype, capability, phi=phi)

@@ -109,6 +109,50 @@ def test_second_derivatives_with_forward_mode(second, place):
     torch.testing.assert_close(ours, exact)
 
 
+@pytest.mark.parametrize("second", SECOND.values(), ids=SECOND)
+def test_second_derivatives_in_a_graph_of_dynamos(second):
+    """Where nothing but the tensors knows of forward mode. Our Function turned it off for the
+    transforms outside.
+    """
+    q, k, v = (torch.rand(1, 5, 4, dtype=f64) for _ in range(3))
+
+    def of(function):
+        return second(lambda x: _loss(function)(x, k, v))
+
+    run = torch.compile(of(operator), backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(q), of(plain)(q))
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["linear_attention", "piecewise_sparse_attention"])
+def test_dynamo_leaves_the_implementations_alone(name, grad_mode):
+    """After a graph break in a loop torch calls them with Dynamo watching."""
+    arguments = {
+        "linear_attention": {"normalizer": "add", "eps": 0.5, "q_map": "exp(x)"},
+        "piecewise_sparse_attention": {"block_size": 16, "approximate_training": True},
+    }[name]
+    compiled = []
+
+    def backend(gm, inputs):
+        compiled.append(gm.code)
+        return gm
+
+    def f(*tensors):
+        for _ in range(2):
+            torch._dynamo.graph_break()
+            out = getattr(torch.ops.bla, name)(*tensors, **arguments)
+            if out.requires_grad:
+                torch.autograd.grad(out, tensors, torch.ones_like(out))
+        return out
+
+    with grad_mode():
+        tensors = [torch.rand(1, 32, 4) for _ in range(3)]
+        if torch.is_grad_enabled():
+            tensors = [t.requires_grad_() for t in tensors]
+        torch.testing.assert_close(torch.compile(f, backend=backend)(*tensors), f(*tensors))
+    assert compiled == []
+
+
 def _loss(function):
     return lambda q, k, v: function(q, k, v, normalizer="add", eps=0.5).square().sum()
 
