@@ -62,6 +62,8 @@ def bla(
     watch.rewritten(gm, report)
     if chosen.strict and not report.matches:
         raise BlaNoMatchError(report)
+    if chosen.inner == "eager":
+        tangents.asked_for(gm)
     compiled = compile_inner(gm, example_inputs)
     tell(report, chosen)  # not before: the inner compiler may send Dynamo back to the start
     return watch.verified(compiled)

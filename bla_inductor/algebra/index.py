@@ -68,10 +68,7 @@ def as_size(value: int | torch.SymInt) -> Size:
     if not isinstance(value, torch.SymInt):
         return int(value)
     expr, env = value.node.expr, value.node.shape_env
-    if not expr.is_Symbol and env is not None and (known := _guarded(env)):
-        while (simpler := expr.xreplace(known)) != expr:
-            expr = simpler
-    return _canonical(expr)
+    return _told(expr, _guarded(env)) if env is not None else _canonical(expr)
 
 
 _equalities: weakref.WeakKeyDictionary[Any, tuple[int, dict[sympy.Expr, sympy.Expr]]]
@@ -79,7 +76,8 @@ _equalities = weakref.WeakKeyDictionary()
 
 
 def _guarded(env: Any) -> dict[sympy.Expr, sympy.Expr]:
-    """What floor divisions are equal to, each in simpler words, by the guards there are.
+    """What symbols and floor divisions are equal to, each in simpler words, by the guards that
+    there are.
 
     Torch itself rewrites only symbols: where a batch of matrices needed that dim // head_dim is 1,
     or another tensor's quotient, it has the guard and still tells the size as it was.
@@ -87,11 +85,25 @@ def _guarded(env: Any) -> dict[sympy.Expr, sympy.Expr]:
     seen, known = _equalities.get(env, (0, {}))
     for guard in env.guards[seen:]:
         if isinstance(guard.expr, sympy.Eq):
-            simple, other = sorted(guard.expr.args, key=lambda e: (e.count_ops(), str(e)))
-            if _is_division(other):
-                known.setdefault(other, simple)
+            told = (_told(env.replace(side), known) for side in guard.expr.args)
+            sides = {sympy.sympify(size) for size in told}
+            simple, other = min(sides, key=_length), max(sides, key=_length)
+            plain = other.is_Symbol and (simple.is_Symbol or simple.is_Integer)
+            if simple not in (other, 0) and (plain or _is_division(other)):
+                known[other] = simple
     _equalities[env] = len(env.guards), known
     return known
+
+
+def _told(expr: sympy.Expr, known: Mapping[sympy.Expr, sympy.Expr]) -> Size:
+    size = _canonical(expr)
+    while known and not isinstance(size, int) and (simpler := size.xreplace(known)) != size:
+        size = _canonical(simpler)
+    return size
+
+
+def _length(expr: sympy.Expr) -> tuple[bool, int, str]:
+    return not expr.is_Integer, expr.count_ops(), str(expr)
 
 
 def _is_division(expr: sympy.Expr) -> bool:

@@ -8,14 +8,15 @@ linear attention, of what runs in one kernel, below autograd, of which Dynamo kn
 neither, and holds for everything that is called from there.
 """
 
+from collections.abc import Callable
 from types import FunctionType, ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 __all__ = ["untraced", "untraced_module"]
 
-F = TypeVar("F", bound=FunctionType)
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def untraced(function: F) -> F:

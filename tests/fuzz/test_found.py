@@ -106,28 +106,20 @@ def test_number_of_heads_is_a_symbolic_quotient():
     assert len(run(function, *qkv(2, 6, 12), dynamic=True).report.matches) == 1
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize(
-    "dims", [(4, 4, 4), (4, 4, 7), (7, 7, 4)], ids=lambda dims: "x".join(map(str, dims))
-)
-def test_numbers_of_heads_are_symbolic_quotients_that_differ(dims, heads):
+@pytest.mark.parametrize(("heads", "dims"), [(1, (4, 4, 4)), (3, (4, 4, 4)), (1, (4, 4, 7))])
+def test_numbers_of_heads_are_symbolic_quotients_that_differ(heads, dims):
     """Torch has a guard that they are equal, or one, and tells each in its own symbols."""
 
-    def function(q, k, v, d, e):
-        q, k = (x.unflatten(-1, (-1, d)).transpose(1, 2) for x in (q, k))
-        v = v.unflatten(-1, (v.shape[-1] // e, e)).transpose(1, 2)
+    def function(*tensors):
+        q, k, v = (
+            x.unflatten(-1, (x.shape[-1] // d, d)).transpose(1, 2)
+            for x, d in zip(tensors, dims, strict=True)
+        )
         q, k = F.elu(q) + 1, F.elu(k) + 1
         return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
 
     tensors = [torch.randn(2, 6, heads * d, dtype=torch.float64).requires_grad_() for d in dims]
-    backend = Rewritten()
-    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
-    numbers = dims[0], dims[2]
-    outs = [f(*tensors, *numbers) for f in (compiled, function)]
-    grads = [torch.autograd.grad(out.sin().sum(), tensors) for out in outs]
-    torch.testing.assert_close(outs[0], outs[1])
-    torch.testing.assert_close(grads[0], grads[1])
-    assert len(backend.report.matches) == 1
+    assert len(run(function, *tensors, dynamic=True).report.matches) == 1
 
 
 @pytest.mark.parametrize("heads", [1, 3])
