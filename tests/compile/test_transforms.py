@@ -85,14 +85,20 @@ def test_over_a_compiled_model(transform: Callable[[Function], Any], warm: bool)
     torch.testing.assert_close(transform(run), transform(attention))
 
 
+# Since 2.15 Dynamo runs code by itself uncompiled under torch.autograd.forward_ad.
+UNCOMPILED_BY_TORCH = torch.__version__ >= "2.15"
+
+
 def test_forward_mode_leaves_the_compiled_graph_compiled() -> None:
     run = compiled(attention)
     for _ in range(2):
         torch.testing.assert_close(run(*inputs()), attention(*inputs()))
         torch.testing.assert_close(tangent(run), tangent(attention))
-    assert counted() == {"graphs": 2, "matched": 1, "refused": 1}
+    asked = not UNCOMPILED_BY_TORCH
+    assert counted() == {"graphs": 1 + asked, "matched": 1, "refused": int(asked)}
 
 
+@pytest.mark.skipif(UNCOMPILED_BY_TORCH, reason="since 2.15 torch does not ask a backend there")
 def test_forward_mode_under_strict_says_why_nothing_was_rewritten() -> None:
     from torch._dynamo.exc import BackendCompilerFailed
 
