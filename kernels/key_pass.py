@@ -189,7 +189,7 @@ def key_pass_kernel(
     batch = pid // CHUNKS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = chunk * (ROWS // 8 * 8)  # a multiple of 8, as the compiler has to see
+    first = chunk * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
     last = tl.minimum(first + ROWS, M)
     first64 = first.to(tl.int64)
     cd = tl.arange(0, BLOCK_D)

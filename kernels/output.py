@@ -199,7 +199,7 @@ def output_kernel(
     batches = tl.num_programs(0) // TILES // CHUNKS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = chunk * (ROWS // 8 * 8)  # a multiple of 8, as the compiler has to see
+    first = chunk * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
 

@@ -215,7 +215,7 @@ def query_pass_kernel(
     batch = slot // SPLITS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = split * (ROWS // 8 * 8)  # a multiple of 8, as the compiler has to see
+    first = split * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
     wait_for_previous(PDL)

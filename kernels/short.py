@@ -63,7 +63,7 @@ def short_forward_kernel(
         )
         if NORM != "none":
             tl.store(SUM + batch64 * DN + cn, key_sum, mask=cn < DN)
-    first = part * (ROWS // 8 * 8)
+    first = part * (ROWS if COLUMNS else ROWS // 8 * 8)
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
     o_ptr = OUT + b0 * so0 + b1 * so1 + first64 * son
@@ -145,7 +145,7 @@ def short_backward_kernel(
         NEED_DQ, NEED_DQN, True, NORM != "none", False, True,
         Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip
-    first = part * (KEY_ROWS // 8 * 8)
+    first = part * (KEY_ROWS if COLUMNS else KEY_ROWS // 8 * 8)
     last = tl.minimum(first + KEY_ROWS, M)
     first64 = first.to(tl.int64)
     key_gradients(

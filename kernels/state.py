@@ -160,7 +160,7 @@ def state_kernel(
     batch = slot // SPLITS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = split * (ROWS // 8 * 8)  # a multiple of 8, as the compiler has to see
+    first = split * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
     last = tl.minimum(first + ROWS, M)
     first64 = first.to(tl.int64)
     wait_for_previous(PDL)
