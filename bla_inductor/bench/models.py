@@ -168,7 +168,8 @@ def _model(model: Model, providers: Sequence[str], device: str, fresh: bool) -> 
         with fresh_inductor_cache() if fresh and name != "torch" else nullcontext():
             start = time.perf_counter()
             results = _results(ours, inputs, kwargs)
-            torch.cuda.synchronize() if device != "cpu" else None
+            if device != "cpu":
+                torch.cuda.synchronize()
             compiling = time.perf_counter() - start
         wrong = _worst(results, references, truth, model.dtype)
         row = replace(blank, provider=name, inaccuracy=wrong)

@@ -84,16 +84,18 @@ def _kernels(x: Inputs, out_dtype: torch.dtype) -> ModuleType | None:
 _uncompiled: set[tuple[Any, ...]] = set()
 
 
-def _compiled_or(otherwise: Callable[[], Any], run: Callable[[], Any], key: tuple[Any, ...]) -> Any:
-    """run(), or otherwise() where Triton cannot compile what it launches; key: the kernels."""
-    if key in _uncompiled:
+def _compiled_or(
+    otherwise: Callable[[], Any], run: Callable[[], Any], key: Callable[[], tuple[Any, ...]]
+) -> Any:
+    """run(), or otherwise() where Triton cannot compile what it launches; key(): which kernels."""
+    if _uncompiled and key() in _uncompiled:
         return otherwise()
     try:
         return run()
     except Exception as error:
         if not _of_compilation(error):
             raise
-        _uncompiled.add(key)
+        _uncompiled.add(key())
         failures.warn_once(log, "ATen computes this attention, more slowly", error)
         return otherwise()
 
@@ -124,7 +126,7 @@ def _forward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         state, key_sum = kernels.forward(out, *x.tensors, batch, x.maps, *x.numbers, x.upcast)
         return out, state, key_sum
 
-    return _compiled_or(lambda: _run_aten(x, keep_state=True), run, _key(x, dtype))
+    return _compiled_or(lambda: _run_aten(x, keep_state=True), run, lambda: _key(x, dtype))
 
 
 def _attention_cuda(*args: Any, **kwargs: Any) -> Tensor:
@@ -148,7 +150,9 @@ def _backward_cuda(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         )
         return tuple(x.q.new_empty(0) if g is None else g for g in grads)
 
-    return _compiled_or(lambda: _run_backward_aten(call), run, _key(x, call.do.dtype, *call.needs))
+    return _compiled_or(
+        lambda: _run_backward_aten(call), run, lambda: _key(x, call.do.dtype, *call.needs)
+    )
 
 
 def gradient_orders(tensors: Sequence[Tensor | None]) -> list[int]:
