@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from operator import getitem
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, fx
 from bla_inductor.failures import warn_once
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
+from bla_inductor.slices import VIEWS, Inexpressible, moved, permutation, to_contiguous, value
 from bla_inductor.undo import Snapshot
 
 __all__ = ["pack_gradients"]
@@ -32,13 +32,8 @@ __all__ = ["pack_gradients"]
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_LAYOUT = (*_VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
+_LAYOUT = (*VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
 _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
-
-
-class _Inexpressible(Exception):
-    """The gradients' places in the joined tensor are no strided views of it."""
 
 
 @dataclass
@@ -65,7 +60,7 @@ def pack_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
         return 0
     before = Snapshot(graph)
     try:
-        packed = sum(_pack(n) for n in nodes if _value(_args(n)[0]).device.type == device_type)
+        packed = sum(_pack(n) for n in nodes if value(_args(n)[0]).device.type == device_type)
         if packed:
             graph.eliminate_dead_code()
             graph.lint()
@@ -77,7 +72,7 @@ def pack_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
 
 
 def _pack(node: fx.Node) -> bool:
-    tensors = [_value(t) for t in _args(node)[:7] if isinstance(t, fx.Node)]
+    tensors = [value(t) for t in _args(node)[:7] if isinstance(t, fx.Node)]
     shapes = [t.shape[: _args(node)[1].meta["val"].dim() - 2] for t in tensors[1:4]]
     if not all(isinstance(s, int) for t in tensors for s in t.shape) or len(set(shapes)) > 1:
         return False
@@ -89,7 +84,7 @@ def _pack(node: fx.Node) -> bool:
         if len(own) > 1 and _is_all(top, own):
             try:
                 end, places = _end_and_places(top, own)
-            except (_Inexpressible, RuntimeError) as error:
+            except (Inexpressible, RuntimeError) as error:
                 log.debug("gradients of %s are joined by a copy: %s", node, error)
                 continue
             _rewrite(node, users, end, own, places)
@@ -99,12 +94,6 @@ def _pack(node: fx.Node) -> bool:
 
 def _args(node: fx.Node) -> tuple[Any, ...]:
     return node.args
-
-
-def _value(node: Any) -> Tensor:
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -123,10 +112,10 @@ def _part(number: int, gradient: fx.Node) -> _Part | None:
         tensors, dim = _args(user)[0], _args(user)[1] if len(_args(user)) > 1 else 0
         if tensors.count(node) > 1:
             return None
-        dim = dim % _value(user).dim()
+        dim = dim % value(user).dim()
         before = tensors[: tensors.index(node)]
-        start = sum(_value(t).shape[dim] for t in before)
-        return _Part(number, gradient, views, user, dim, start, _value(node).shape[dim])
+        start = sum(value(t).shape[dim] for t in before)
+        return _Part(number, gradient, views, user, dim, start, value(node).shape[dim])
     if user.target in _SCATTERS and _args(user)[1] is node and _is_zero(_args(user)[0]):
         return _scattered(number, gradient, views, user)
     return None
@@ -136,8 +125,8 @@ def _scattered(number: int, gradient: fx.Node, views: list[fx.Node], user: fx.No
     names = ("dim", "start", "end", "step")
     given = [*_args(user)[2:], *(user.kwargs[n] for n in names if n in user.kwargs)]
     dim = int(given[0]) if given else 0
-    dim %= _value(user).dim()
-    size = _value(user).shape[dim]
+    dim %= value(user).dim()
+    size = value(user).shape[dim]
     if user.target is aten.select_scatter.default:
         index = int(_args(user)[3])
         return _Part(number, gradient, views, user, dim, index % size, 1, drops=True)
@@ -173,7 +162,7 @@ def _is_all(top: fx.Node, parts: Sequence[_Part]) -> bool:
     """Whether the parts make up the joined tensor, each element once."""
     if len({part.dim for part in parts}) > 1:
         return False
-    if {_value(part.gradient).dtype for part in parts} != {_value(top).dtype}:
+    if {value(part.gradient).dtype for part in parts} != {value(top).dtype}:
         return False
     end = 0
     for part in sorted(parts, key=lambda p: p.start):
@@ -182,7 +171,7 @@ def _is_all(top: fx.Node, parts: Sequence[_Part]) -> bool:
         end += part.length
     entries = {part.entry for part in parts}
     leaves = {top} if top.target is aten.cat.default else _summands(top)
-    return end == _value(top).shape[parts[0].dim] and leaves == entries
+    return end == value(top).shape[parts[0].dim] and leaves == entries
 
 
 def _summands(node: Any) -> set[fx.Node]:
@@ -193,10 +182,10 @@ def _summands(node: Any) -> set[fx.Node]:
 
 def _end_and_places(top: fx.Node, parts: Sequence[_Part]) -> tuple[fx.Node, list[list[int]]]:
     """The tensor to write, the joined one or a `contiguous` of it, and where its parts are."""
-    after, end = _to_contiguous(top)
+    after, end = to_contiguous(top)
     try:
         return end, [_place(part, top, after, end) for part in parts]
-    except (_Inexpressible, RuntimeError):
+    except (Inexpressible, RuntimeError):
         return top, [_place(part, top, [], top) for part in parts]
 
 
@@ -208,9 +197,9 @@ def _rewrite(
     places: Sequence[Sequence[int]],
 ) -> None:
     numbers = [part.number for part in parts]
-    empty = _value(_args(node)[1]).new_empty(0)
+    empty = value(_args(node)[1]).new_empty(0)
     values = [empty if i in numbers else v for i, v in enumerate(node.meta["val"])]
-    joined = _value(end).new_empty(_value(end).shape)
+    joined = value(end).new_empty(value(end).shape)
     graph = node.graph
     with graph.inserting_before(node):
         packed = graph.call_function(
@@ -231,67 +220,26 @@ def _rewrite(
     end.replace_all_uses_with(first)
 
 
-def _to_contiguous(top: fx.Node) -> tuple[list[fx.Node], fx.Node]:
-    """(views after the joined tensor, the `contiguous` after them); or none, and the tensor."""
-    views: list[fx.Node] = []
-    node = top
-    while (user := _only_user(node)) is not None and user.target in (*_VIEWS, aten.permute.default):
-        views.append(user)
-        node = user
-    if user is not None and user.target is aten.clone.default and _value(user).is_contiguous():
-        return views, user
-    return [], top
-
-
 def _place(part: _Part, top: fx.Node, after: Sequence[fx.Node], end: fx.Node) -> list[int]:
     """[number, offset, strides] of the gradient in the memory of `end`."""
-    dim, start, length = part.dim, part.start, part.length
-    shapes = [_cut(_value(top).shape, dim, length)]
-    for view in after:
-        if view.target is aten.permute.default:
-            dim = _permutation(view).index(dim)
-        else:
-            source, target = _value(_args(view)[0]).shape, _value(view).shape
-            dim, start, length = _through_view(source, target, dim, start, length)
-        shapes.append(_cut(_value(view).shape, dim, length))
-    strides = torch.empty(_value(end).shape, device="meta").stride()
+    way = moved(top, after, part.dim, part.start, part.length)
+    own = [part.length if d == part.dim else s for d, s in enumerate(value(top).shape)]
+    shapes = [own, *way.shapes]
+    strides = torch.empty(value(end).shape, device="meta").stride()
     x = torch.empty_strided(shapes.pop(), strides, device="meta")
     for view in reversed(after):
         x = _undone(view, x, shapes.pop())
     if part.drops:
         x = x.squeeze(part.dim)
     for view in reversed(part.views):
-        x = _undone(view, x, _value(_args(view)[0]).shape)
-    assert x.shape == _value(part.gradient).shape
-    return [part.number, start * strides[dim], *x.stride()]
-
-
-def _cut(shape: Sequence[int], dim: int, length: int) -> list[int]:
-    return [length if d == dim else s for d, s in enumerate(shape)]
-
-
-def _permutation(view: fx.Node) -> list[int]:
-    rank = _value(view).dim()
-    return [d % rank for d in _args(view)[1]]
+        x = _undone(view, x, value(_args(view)[0]).shape)
+    assert x.shape == value(part.gradient).shape
+    return [part.number, way.start * strides[way.dim], *x.stride()]
 
 
 def _undone(view: fx.Node, x: Tensor, shape: Sequence[int]) -> Tensor:
     """The input of `view`, of `shape`, as a view of its result x. RuntimeError if it is none."""
     if view.target is aten.permute.default:
-        order = _permutation(view)
+        order = permutation(view)
         return x.permute([order.index(d) for d in range(x.dim())])
     return x.view(shape)
-
-
-def _through_view(
-    source: Sequence[int], target: Sequence[int], dim: int, start: int, length: int
-) -> tuple[int, int, int]:
-    """(dim, start, length) of a slice of `source` in a view of size `target`."""
-    before, inner = prod(source[:dim]), prod(source[dim + 1 :])
-    outer = 1
-    for d, size in enumerate(target):
-        own = prod(target[d + 1 :])
-        if outer == before and size > 1 and start * inner % own == 0 and length * inner % own == 0:
-            return d, start * inner // own, length * inner // own
-        outer *= size
-    raise _Inexpressible(f"a slice of dim {dim} of {list(source)} in {list(target)}")

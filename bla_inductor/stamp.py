@@ -20,6 +20,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 from bla_inductor.compat import inference_aware_pass
+from bla_inductor.copies import remove_copies
 from bla_inductor.failures import warn_once
 from bla_inductor.options import Options
 from bla_inductor.packing import pack_gradients
@@ -48,6 +49,7 @@ class CacheStamp(_Pass):
 
     def __call__(self, graph: Graph, is_inference: bool = False) -> None:
         pack_gradients(graph)
+        remove_copies(graph)
         for user in self.users:
             aware = _InferenceAware is not None and isinstance(user, _InferenceAware)
             user(*(graph, is_inference) if aware else (graph,))

@@ -86,8 +86,10 @@ JOINED = [by_unbind, by_chunk, by_index, by_slices, of_images, swapped, keys_and
 LEFT = [read_elsewhere, with_a_part_that_is_not_ours, overlapping, one_headed]
 
 
-def gradients(function: Callable[..., Any], x: torch.Tensor) -> tuple[Any, Any, fx.Graph, int]:
-    """The gradient of x before and after the pass, the graph, and how many were packed."""
+def gradients(
+    function: Callable[..., Any], x: torch.Tensor, rewrite: Callable[..., int] = pack_gradients
+) -> tuple[Any, Any, fx.Graph, int]:
+    """The gradient of x before and after the pass, the graph, and how much was rewritten."""
     from torch._inductor.decomposition import select_decomp_table
 
     ours = set(lowering._OURS)
@@ -112,7 +114,7 @@ def gradients(function: Callable[..., Any], x: torch.Tensor) -> tuple[Any, Any, 
     leaf = x.detach().requires_grad_()
     compiled(leaf).square().sum().backward()
     gm = seen["graph module"]
-    count = pack_gradients(gm.graph, device_type="cpu")
+    count = rewrite(gm.graph, device_type="cpu")
     gm.recompile()
     (packed, *_) = gm(*seen["args"])
     return leaf.grad, packed, gm.graph, count

@@ -1,0 +1,89 @@
+"""Where a slice of a tensor is after views of the whole: shared by the passes that save copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["VIEWS", "Inexpressible", "Slice", "moved", "permutation", "to_contiguous", "value"]
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+class Inexpressible(Exception):
+    """What was a slice of one dim is none after a view."""
+
+
+@dataclass
+class Slice:
+    """[start, start + length) of dim `dim`; shapes: the slice's own after each view."""
+
+    dim: int
+    start: int
+    length: int
+    shapes: list[list[int]]
+
+
+def value(node: Any) -> Tensor:
+    """The fake tensor of a node."""
+    fake = node.meta["val"]
+    assert isinstance(fake, Tensor)
+    return fake
+
+
+def permutation(view: fx.Node) -> list[int]:
+    rank = value(view).dim()
+    order: Any = view.args[1]
+    return [d % rank for d in order]
+
+
+def to_contiguous(top: fx.Node) -> tuple[list[fx.Node], fx.Node]:
+    """(views of `top`, the `contiguous` after them), if each is read by nothing else; or none, and
+    `top`.
+    """
+    views: list[fx.Node] = []
+    node = top
+    while (user := _only_user(node)) is not None and user.target in (*VIEWS, aten.permute.default):
+        views.append(user)
+        node = user
+    if user is not None and user.target is aten.clone.default and value(user).is_contiguous():
+        return views, user
+    return [], top
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def moved(top: fx.Node, views: Sequence[fx.Node], dim: int, start: int, length: int) -> Slice:
+    """The slice of `top`, after `views`. Raises Inexpressible."""
+    shapes: list[list[int]] = []
+    for view in views:
+        target = value(view).shape
+        if view.target is aten.permute.default:
+            dim = permutation(view).index(dim)
+        else:
+            source: Any = view.args[0]
+            dim, start, length = _through(value(source).shape, target, dim, start, length)
+        shapes.append([length if d == dim else s for d, s in enumerate(target)])
+    return Slice(dim, start, length, shapes)
+
+
+def _through(
+    source: Sequence[int], target: Sequence[int], dim: int, start: int, length: int
+) -> tuple[int, int, int]:
+    """(dim, start, length) of a slice of `source` in a view of size `target`."""
+    before, inner = prod(source[:dim]), prod(source[dim + 1 :])
+    outer = 1
+    for d, size in enumerate(target):
+        own = prod(target[d + 1 :])
+        if outer == before and size > 1 and start * inner % own == 0 and length * inner % own == 0:
+            return d, start * inner // own, length * inner // own
+        outer *= size
+    raise Inexpressible(f"a slice of dim {dim} of {list(source)} in {list(target)}")
