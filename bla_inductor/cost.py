@@ -19,8 +19,9 @@ KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Trito
 _FAST_HEAD_DIM = 128
 _FAST_FLOAT32_HEAD_DIM = 64
 # H100: RALA's attention, channels first with q' and k' of its own, so five copies, trains at 0.94
-# of Inductor's speed. Without a normaliser the naive graph moves 8 tensors forward where φ is not
-# the identity, and two copies make the kernels move as many.
+# of Inductor's speed. Without gradients only inputs of the graph are copied: what Inductor computes
+# it writes as the kernels read it. Without a normaliser the naive graph moves 8 tensors forward
+# where φ is not the identity, and two copies make the kernels move as many.
 _MOST_COPIES = 3
 _MOST_COPIES_UNNORMALISED = 1
 _ROW = 16  # bytes that the kernels read at a time
@@ -46,6 +47,7 @@ class Problem:
     gradients: bool = False  # it will be differentiated
     float32: str = ""  # torch.get_float32_matmul_precision(), for fp32 operands
     copied: int = 0  # operands that the kernels cannot read where they are
+    inputs_copied: int = 0  # those of them that are inputs of the graph
     upcast: bool = False  # 16-bit tensors contracted in fp32, which is slow without the kernels
     alive: str = ""  # a product inside that other code reads too: "scores", "state", "numerator"
 
@@ -86,6 +88,7 @@ def decide(p: Problem) -> Decision:
         )
     if p.device == "cuda" and not p.quadratic and not p.upcast:
         several = p.copied > _MOST_COPIES_UNNORMALISED and not p.normalised
+        several = several or p.inputs_copied > _MOST_COPIES
         when = "" if several else " in training"
         if several or (p.gradients and p.copied > _MOST_COPIES):
             return Decision(

@@ -135,6 +135,8 @@ class Plan:
         def size(axis: Sequence[Index]) -> int:
             return seen.hint(product(i.size for i in axis))
 
+        apart = [name for name, o in self.operands.items() if not _beside(o, seen)]
+        passed = self.distinct()
         return Problem(
             batch=size(self.batch),
             n=size(self.n),
@@ -148,7 +150,8 @@ class Plan:
             itemsize=self.compute_dtype.itemsize,
             gradients=_is_differentiated(self.root),
             upcast=self.upcast,
-            copied=sum(not _beside(operand, seen) for operand in self.operands.values()),
+            copied=len(apart),
+            inputs_copied=sum(n in passed and _is_given(passed[n], seen) for n in apart),
             float32=torch.get_float32_matmul_precision()
             if self.compute_dtype == torch.float32
             else "",
@@ -280,7 +283,7 @@ class Plan:
                 node = emitter.cast(node, operand.dtype)
             node = emitter.cast(node, self.compute_dtype)
             node = emitter.laid_out(node, operand.source.axes, target, fill)
-            return _readable(emitter, node)
+            return _readable(emitter, node) if _is_differentiated(self.root) else node
         (first, *rest) = sorted(operand.pieces, key=lambda p: p.how != "times")
         result = emitter.laid_out(_read(emitter, first), first.source.axes, target, fill)
         result = emitter.cast(result, operand.dtype)
@@ -310,10 +313,21 @@ def _beside(operand: Operand, seen: Observation) -> bool:
     return any(operand.columns[-1:] == axis[-1:] and known(s == 1) for axis, s in axes)
 
 
+def _is_given(operand: Operand, seen: Observation) -> bool:
+    """Whether an operand is a view of an input of the graph: no loop of Inductor's computes it."""
+    if operand.source is None:
+        return False
+    node = operand.source.node
+    memory = seen.storage_of(seen.tensors[node])
+    given = (n for n in node.graph.nodes if n.op in ("placeholder", "get_attr"))
+    return any(seen.storage_of(seen.tensors[n]) == memory for n in given if n in seen.tensors)
+
+
 def _readable(emitter: Emitter, node: fx.Node) -> fx.Node:
     """On CUDA, a copy of what the kernels could not read in wide pieces along the features.
 
-    They would make one as well, but of this one Inductor makes a part of what comes before.
+    They would make one as well, but the backward another; this one is kept for it. Where there is
+    no backward, Inductor decides when it knows how everything lies: see templates/tiles.py.
     """
     fake = emitter.fake(node)
     if fake.device.type != "cuda" or readable(fake):

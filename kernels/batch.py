@@ -83,15 +83,13 @@ def _merge(
 
 
 def aligned(x: Tensor | None) -> Tensor | None:
-    """x, or a copy in padded rows unless its features are contiguous and all rows aligned (or its
-    tokens, with READ_ALONG_TOKENS).
+    """x, or a copy in padded rows unless its features are contiguous and all rows aligned.
 
     Triton knows of a stride that it is 1, or a multiple of 16, or nothing. Reading 40 or 72
     features a head element by element takes longer than the copy (H100: 18 % of the copy
     bandwidth). And where tiles are not read 16 bytes at a time along the features, Triton 3.6 makes
     kernels whose products with 16 columns (Σ k, Σ dz·q) read beyond the end of shared memory, as
-    compute-sanitizer shows: wrong results, or an illegal access. Where the tokens are contiguous
-    the kernels take these sums without tensor cores (COLUMNS).
+    compute-sanitizer shows: wrong results, or an illegal access.
     """
     if x is None or (x.data_ptr() % 16 == 0 and readable(x, 16)):
         return x

@@ -21,17 +21,6 @@ def tile_range(SIZE: tl.constexpr, BIG: tl.constexpr):
 
 
 @triton.jit
-def rows_left(rn, left, COLUMNS: tl.constexpr):
-    """Which of the tile's rows are among those that are left. Without COLUMNS some tensor is read
-    along the rows, and their number is a multiple of 8, which the compiler has to see.
-    """
-    if COLUMNS:
-        return rn < left
-    else:
-        return rn // 8 * 8 < left
-
-
-@triton.jit
 def tile_mask(inside, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr):
     """[rows, cols] of the rows that are `inside`, FULL if all are; without the tests that cannot
     fail.

@@ -15,13 +15,13 @@ from bla_inductor.kernels.common import (
     mapped,
     operand,
     product,
-    rows_left,
     scaled,
     through_map,
     tile_mask,
     tile_range,
     wait_for_previous,
 )
+from bla_inductor.kernels.two_pieces import key_pass_in_two
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def key_gradients(
     skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
@@ -52,7 +52,7 @@ def key_gradients(
             dk_ptr, dv_ptr, dn_ptr, da_ptr,
             for_dk, factor_dk, for_dv, factor_dv, dsum, last - first - n,
             skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
-            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORM, WEIGHT,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
             NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
             K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip
@@ -73,7 +73,7 @@ def _write_tile(
     skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
@@ -91,7 +91,7 @@ def _write_tile(
     rdn = tile_range(BLOCK_DN, BIG)
     columns = column_mask(rd, D, BLOCK_D)
     columns_n = column_mask(rdn, DN, BLOCK_DN)
-    rows = rows_left(rn, left, COLUMNS)
+    rows = rn < left
     inside = rows
     if WEIGHT == "mask":
         inside = rows & (tl.load(a_ptr + rn * san, mask=rows, other=0) != 0)
@@ -174,13 +174,13 @@ def key_pass_kernel(
     ss0, ss1, sz0, sz1,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,  # no tile is read along its rows
     NORM: tl.constexpr,  # "none", "coupled" (k' is k) or "decoupled"
     WEIGHT: tl.constexpr,  # "none", "mask" or "float"
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    REST: tl.constexpr,  # columns beyond BLOCK_D and BLOCK_V: see two_pieces.py
     BIG: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -189,34 +189,45 @@ def key_pass_kernel(
     batch = pid // CHUNKS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = chunk * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
+    first = chunk * ROWS
     last = tl.minimum(first + ROWS, M)
     first64 = first.to(tl.int64)
-    cd = tl.arange(0, BLOCK_D)
-    cv = tl.arange(0, BLOCK_V)
-    cn = tl.arange(0, BLOCK_DN)
     wait_for_previous(PDL)
     launch_dependents(PDL)
-    dstate = tl.load(
-        DSTATE + b0 * ss0 + b1 * ss1 + cd[:, None] * DV + cv[None, :],
-        mask=(cd < D)[:, None] & (cv < DV)[None, :],
-        other=0.0,
-    )
-    dsum = 0.0
-    if NORM != "none":
-        dsum = tl.load(DSUM + b0 * sz0 + b1 * sz1 + cn, mask=cn < DN, other=0.0)
-    key_gradients(
-        K + b0 * sk0 + b1 * sk1 + first64 * skn,
-        V + b0 * sv0 + b1 * sv1 + first64 * svn,
-        KN + b0 * sn0 + b1 * sn1 + first64 * snn,
-        A + b0 * sa0 + b1 * sa1 + first64 * san,
-        DK + b0 * sdk0 + b1 * sdk1 + first64 * sdkn,
-        DV_OUT + b0 * sdv0 + b1 * sdv1 + first64 * sdvn,
-        DKN + b0 * sdn0 + b1 * sdn1 + first64 * sdnn,
-        DA + b0 * sda0 + b1 * sda1 + first64 * sdan,
-        dstate, dsum, first, last,
-        skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORM, WEIGHT,
-        NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
-        K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
-    )  # fmt: skip
+    if REST > 0:
+        key_pass_in_two(
+            K + b0 * sk0 + b1 * sk1 + first64 * skn,
+            V + b0 * sv0 + b1 * sv1 + first64 * svn,
+            DK + b0 * sdk0 + b1 * sdk1 + first64 * sdkn,
+            DV_OUT + b0 * sdv0 + b1 * sdv1 + first64 * sdvn,
+            DSTATE + b0 * ss0 + b1 * ss1, DSUM + b0 * sz0 + b1 * sz1,
+            first, last, skn, skd, svn, svd, sdkn, sdkd, sdvn, sdvd,
+            D, BLOCK_D, REST, BLOCK_N, NORM, NEED_DK, NEED_DV, K_MAP, K_MAP_GRAD, BIG,
+        )  # fmt: skip
+    else:
+        cd = tl.arange(0, BLOCK_D)
+        cv = tl.arange(0, BLOCK_V)
+        cn = tl.arange(0, BLOCK_DN)
+        dstate = tl.load(
+            DSTATE + b0 * ss0 + b1 * ss1 + cd[:, None] * DV + cv[None, :],
+            mask=(cd < D)[:, None] & (cv < DV)[None, :],
+            other=0.0,
+        )
+        dsum = 0.0
+        if NORM != "none":
+            dsum = tl.load(DSUM + b0 * sz0 + b1 * sz1 + cn, mask=cn < DN, other=0.0)
+        key_gradients(
+            K + b0 * sk0 + b1 * sk1 + first64 * skn,
+            V + b0 * sv0 + b1 * sv1 + first64 * svn,
+            KN + b0 * sn0 + b1 * sn1 + first64 * snn,
+            A + b0 * sa0 + b1 * sa1 + first64 * san,
+            DK + b0 * sdk0 + b1 * sdk1 + first64 * sdkn,
+            DV_OUT + b0 * sdv0 + b1 * sdv1 + first64 * sdvn,
+            DKN + b0 * sdn0 + b1 * sdn1 + first64 * sdnn,
+            DA + b0 * sda0 + b1 * sda1 + first64 * sdan,
+            dstate, dsum, first, last,
+            skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
+            NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
+            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
+        )  # fmt: skip

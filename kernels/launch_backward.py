@@ -11,9 +11,11 @@ from bla_inductor.kernels.launch_key_pass import key_pass, key_pass_wide
 from bla_inductor.kernels.launch_query_pass import Needs, query_pass, query_pass_wide
 from bla_inductor.kernels.launch_short import short_backward
 from bla_inductor.kernels.launching import Numbers, feature_map, feature_maps
-from bla_inductor.kernels.mapping import has_rows, map_gradient, map_rows
+from bla_inductor.kernels.mapping import map_gradient, map_rows
 from bla_inductor.kernels.precision import backward_precision
 from torch import Tensor
+
+from bla_inductor.ops.feature_map import has_rows
 
 
 def backward(
@@ -56,13 +58,7 @@ def backward(
         column = None if dweight is None else dweight.unsqueeze(-1)
         batch, key_batch = do.shape[:-2], state.shape[:-2]
         parts = 0
-        columns = launching.in_columns(do, q, k, v, q_norm, k_norm)  # else registers are short
-        if (
-            not wide
-            and columns
-            and batch == key_batch
-            and (dk, dv, dk_norm, dweight) != (None,) * 4
-        ):
+        if not wide and batch == key_batch and (dk, dv, dk_norm, dweight) != (None,) * 4:
             parts = heuristics.short_backward_parts(
                 batch.numel(), q.shape[-2], k.shape[-2], D, DV, DN, q.element_size(), precision,
                 heuristics.multiprocessors(q.device),

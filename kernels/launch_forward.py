@@ -86,8 +86,7 @@ def statistics(
     state = k.new_empty([*batch, D, DV], dtype=torch.float32)
     key_sum = k.new_empty([*batch, DN] if normalized else [0], dtype=torch.float32)
     a, b = weights or (None, None)
-    columns = launching.in_columns(k, v, k_norm)
-    plain = columns and not exact and k_norm is None and launching.weight_kind(a) != "float"
+    plain = not exact and k_norm is None and launching.weight_kind(a) != "float"
     tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(k.device), plain)
     weight_columns = launching.weight_column(a), launching.weight_column(b)
     operands = Batch(batch, (k, v, k_norm, *weight_columns))
@@ -125,7 +124,6 @@ def statistics(
         EXACT=exact,
         PRECISION=precision,
         BIG=operands.big(tile.BLOCK_N),
-        COLUMNS=columns,
         **launching.blocks(tile),
         tile=tile,
         pdl=True,
@@ -220,7 +218,6 @@ def apply_state(
         D=D,
         DV=DV,
         DN=DN,
-        COLUMNS=launching.in_columns(x, x_norm),
         NORMALIZER=numbers.normalizer,
         DECOUPLED=x_norm is not None,
         HAS_BIAS=bias is not None,

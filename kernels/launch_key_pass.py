@@ -26,7 +26,10 @@ def key_pass(
     """Write dk, dv, dk_norm, dweight."""
     M, D, DV = k.shape[-2], k.shape[-1], v.shape[-1]
     DN = D if dsum is None else dsum.shape[-1]
-    tile = heuristics.key_pass_tile(D, DV, DN, precision, heuristics.capability(k.device))
+    sizes = D, DV, DN, precision, heuristics.capability(k.device)
+    tile = heuristics.key_pass_tile(*sizes)
+    if k_norm is None and key_weight is None and maps[0].elementwise:
+        tile = heuristics.in_two_pieces("key", *sizes) or tile
     operands = Batch(
         dstate.shape[:-2],
         (k, v, k_norm, launching.weight_column(key_weight), dstate, dsum),
@@ -57,7 +60,6 @@ def key_pass(
         D=D,
         DV=DV,
         DN=DN,
-        COLUMNS=launching.in_columns(k, v, k_norm),
         NORM=norm_kind(dsum is not None, k_norm),
         WEIGHT=launching.weight_kind(key_weight),
         NEED_DK=dk is not None,
@@ -69,6 +71,7 @@ def key_pass(
         KN_MAP=maps[1].forward,
         KN_MAP_GRAD=maps[1].gradient,
         PRECISION=precision,
+        REST=tile.REST,
         BIG=operands.big(tile.BLOCK_N),
         **launching.blocks(tile),
         tile=tile,

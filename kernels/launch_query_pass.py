@@ -43,8 +43,10 @@ def query_pass(
     batch, key_batch = do.shape[:-2], state.shape[:-2]
     capability = heuristics.capability(q.device)
     fused = heuristics.fused_query_pass(D, DV, precision, capability)
-    columns = launching.in_columns(q, do, q_norm)
-    tile = heuristics.query_pass_tile(D, DV, DN, precision, capability, columns)
+    sizes = D, DV, DN, precision, capability
+    tile = heuristics.query_pass_tile(*sizes)
+    if q_norm is None and maps[0].elementwise:
+        tile = heuristics.in_two_pieces("query", *sizes) or tile
     weights = None
     if any(needs) and not fused:
         weights = _token_weights(q, batch, numbers)
@@ -97,8 +99,8 @@ def query_pass(
         QN_MAP=maps[1].forward,
         QN_MAP_GRAD=maps[1].gradient,
         PRECISION=precision,
+        REST=tile.REST,
         BIG=operands.big(tile.BLOCK_N),
-        COLUMNS=columns,
         **launching.blocks(tile),
         tile=tile,
         pdl=True,

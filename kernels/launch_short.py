@@ -69,7 +69,6 @@ def short_forward(
         STATE_PRECISION=state_in,
         PRECISION=output_in,
         BIG=operands.big(tile.BLOCK_N),
-        COLUMNS=launching.in_columns(q, k, v, q_norm, k_norm),
         **launching.blocks(tile),
         tile=tile,
     )
@@ -150,7 +149,6 @@ def short_backward(
         KN_MAP_GRAD=maps.k_norm.gradient,
         PRECISION=precision,
         BIG=operands.big(tile.BLOCK_N),
-        COLUMNS=launching.in_columns(do, q, k, v, q_norm, k_norm),
         **launching.blocks(tile),
         tile=tile,
     )

@@ -32,11 +32,15 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Map:
-    """A feature map as kernels take it: functions, or None for the identity."""
+    """A feature map as kernels take it: functions, or None for the identity.
+
+    elementwise: it has no stage that looks at a whole row.
+    """
 
     text: str = ""
     forward: Any = None
     gradient: Any = None
+    elementwise: bool = True
 
 
 class Maps(NamedTuple):
@@ -57,8 +61,10 @@ def feature_map(text: str, dtype: torch.dtype) -> Map:
         return Map()
     from bla_inductor.kernels.feature_map import compiled
 
+    from bla_inductor.ops.feature_map import has_rows
+
     functions = compiled(text, fast=dtype != torch.float32)
-    return Map(text, functions.forward, functions.backward)
+    return Map(text, functions.forward, functions.backward, not has_rows(text))
 
 
 def feature_maps(texts: Sequence[str], dtype: torch.dtype) -> Maps:
@@ -71,11 +77,6 @@ def norm_kind(normalized: bool, k_norm: Tensor | None) -> str:
     if not normalized:
         return "none"
     return "coupled" if k_norm is None else "decoupled"
-
-
-def in_columns(*tensors: Tensor | None) -> bool:
-    """COLUMNS of the kernels: every tile is read along its features."""
-    return all(t is None or t.stride(-1) == 1 for t in tensors)
 
 
 def weight_kind(weight: Tensor | None) -> str:

@@ -3,8 +3,6 @@ row only and the map is row-wise (softmax, a norm).
 """
 
 # mypy: disable-error-code="no-untyped-def"
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -12,16 +10,6 @@ from bla_inductor.kernels import heuristics, launching
 from bla_inductor.kernels.common import mapped, through_map
 from bla_inductor.kernels.launching import Map
 from torch import Tensor
-
-
-@cache
-def has_rows(text: str) -> bool:
-    """Whether a map's text has a stage that reduces over the features."""
-    if not text:
-        return False
-    from bla_inductor.ops.feature_map import RowWise, parse
-
-    return any(isinstance(stage, RowWise) for stage in parse(text))
 
 
 @triton.jit

@@ -19,7 +19,6 @@ from bla_inductor.kernels.common import (
     mapped,
     operand,
     product,
-    rows_left,
     scaled,
     split_product,
     through_map,
@@ -31,12 +30,12 @@ from bla_inductor.kernels.common import (
 
 @triton.jit
 def held_for_output(
-    state, key_sum, DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+    state, key_sum, DTYPE: tl.constexpr,
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(state, factor, key_sum, norm_factor) as `output_tile` wants them."""
     state, factor = held(state, 0, DTYPE, PRECISION)
-    if COLUMNS and NORMALIZER != "none" and PRECISION == "native" and not DECOUPLED:
+    if NORMALIZER != "none" and PRECISION == "native" and not DECOUPLED:
         key_sum, norm_factor = in_columns(key_sum, DTYPE)
         return state, factor, key_sum, norm_factor
     else:
@@ -48,20 +47,20 @@ def output_tile(
     x_ptr, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
     D: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
+    NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """scale · xf·state / guard(qn·key_sum) in fp32 of one tile, of which `left` rows are left."""
     rn = tile_range(BLOCK_N, BIG)
     rd = tile_range(BLOCK_D, BIG)
-    inside = rows_left(rn, left, COLUMNS)
+    inside = rn < left
     x_mask = tile_mask(inside, rd, D, BLOCK_D, FULL)
     x = tl.load(x_ptr + rn[:, None] * sxn + rd[None, :] * sxd, mask=x_mask, other=0.0)
     x = operand(x, column_mask(rd, D, BLOCK_D), X_MAP)
     w = tl.zeros((BLOCK_N,), tl.float32) + scale
     if NORMALIZER != "none":
-        if COLUMNS and PRECISION == "native" and not DECOUPLED:
+        if PRECISION == "native" and not DECOUPLED:
             z = tl.sum(tl.dot(x, key_sum), 1) * norm_factor
         else:
             if DECOUPLED:
@@ -91,7 +90,7 @@ def apply_state(
     sxn, sxd, snn, snd, son, sod, swn, srn, srd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
+    NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr, OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr,
@@ -100,14 +99,14 @@ def apply_state(
     norm_scale.
     """
     state, factor, key_sum, norm_factor = held_for_output(
-        state, key_sum, x_ptr.dtype.element_ty, COLUMNS, NORMALIZER, DECOUPLED, PRECISION
+        state, key_sum, x_ptr.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION
     )
     for n in range(0, last - first, BLOCK_N):
         _apply_to_tile(
             x_ptr, n_ptr, o_ptr, w_ptr,
             r_ptr, g_ptr, state, factor, key_sum, norm_factor, bias,
             last - first - n, tile, scale, eps, sxn, sxd, snn, snd, son, sod, swn, srn, srd,
-            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
             NORMALIZER, DECOUPLED, HAS_BIAS, WEIGHT, WEIGHT_GRAD,
             X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip
@@ -126,7 +125,7 @@ def _apply_to_tile(
     sxn, sxd, snn, snd, son, sod, swn, srn, srd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
+    NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr, OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr,
@@ -135,12 +134,12 @@ def _apply_to_tile(
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     rn = tile_range(BLOCK_N, BIG)
     rv = tile_range(BLOCK_V, BIG) + tile * BLOCK_V
-    inside = rows_left(rn, left, COLUMNS)
+    inside = rn < left
     columns = column_mask(rv, DV, BLOCK_V * TILES)
     o_mask = tile_mask(inside, rv, DV, BLOCK_V * TILES, False)
     out = output_tile(
         x_ptr, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
-        D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+        D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, False,
     )  # fmt: skip
     if HAS_BIAS:
@@ -175,7 +174,6 @@ def output_kernel(
     sr0, sr1, srn, srd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,  # z on the tensor cores, see `in_columns`
     NORMALIZER: tl.constexpr,
     DECOUPLED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -199,7 +197,7 @@ def output_kernel(
     batches = tl.num_programs(0) // TILES // CHUNKS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = chunk * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
+    first = chunk * ROWS
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
 
@@ -228,7 +226,7 @@ def output_kernel(
         DW + (tile * batches + batch).to(tl.int64) * N + first,
         state, key_sum, bias, first, last, tile, scale, eps,
         sxn, sxd, snn, snd, son, sod, swn, srn, srd,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORMALIZER, DECOUPLED, HAS_BIAS, WEIGHT, WEIGHT_GRAD,
         X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip

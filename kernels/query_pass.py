@@ -23,7 +23,6 @@ from bla_inductor.kernels.common import (
     once,
     operand,
     product,
-    rows_left,
     scaled,
     through_map,
     tile_mask,
@@ -31,6 +30,7 @@ from bla_inductor.kernels.common import (
     wait_for_previous,
     weighted_rows,
 )
+from bla_inductor.kernels.two_pieces import query_pass_in_two
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def query_gradients(
     sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr, NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
+    NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
     NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
     STORE_WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
@@ -54,9 +54,7 @@ def query_gradients(
     norm_scale.
     """
     NEED_T: tl.constexpr = NEED_DQ or NORMALIZER != "none"
-    TENSOR_SUMS: tl.constexpr = (
-        COLUMNS and NORMALIZER != "none" and PRECISION == "native" and not DECOUPLED
-    )
+    TENSOR_SUMS: tl.constexpr = NORMALIZER != "none" and PRECISION == "native" and not DECOUPLED
     factor = 1.0
     if NEED_T:
         state, factor = held(tl.trans(state), 0, do_ptr.dtype.element_ty, PRECISION)
@@ -74,7 +72,7 @@ def query_gradients(
             sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
             NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, PARTIAL,
-            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS, COLUMNS,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS,
         )  # fmt: skip
         do_ptr += BLOCK_N * sgn
         q_ptr += BLOCK_N * sqn
@@ -104,7 +102,6 @@ def _tile_gradients(
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, TENSOR_SUMS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """dstate and sums with one tile added, of which `left` rows are left; writes its dq, dq', if
     PARTIAL only of the rows within own_first … own_last, counted from the first tile as n is.
@@ -113,7 +110,7 @@ def _tile_gradients(
     rd = tile_range(BLOCK_D, BIG)
     rv = tile_range(BLOCK_V, BIG)
     rdn = tile_range(BLOCK_DN, BIG)
-    inside = rows_left(rn, left, COLUMNS)
+    inside = rn < left
     q_mask = tile_mask(inside, rd, D, BLOCK_D, False)
     do_mask = tile_mask(inside, rv, DV, BLOCK_V, False)
     raw = tl.load(q_ptr + rn[:, None] * sqn + rd[None, :] * sqd, mask=q_mask, other=0.0)
@@ -195,7 +192,6 @@ def query_pass_kernel(
     DSTATE_STRIDE, DSUM_STRIDE,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,  # dkey_sum on the tensor cores, see `in_columns`
     NORMALIZER: tl.constexpr,
     DECOUPLED: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
@@ -204,6 +200,7 @@ def query_pass_kernel(
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    REST: tl.constexpr,  # columns beyond BLOCK_D and BLOCK_V: see two_pieces.py
     BIG: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -215,38 +212,50 @@ def query_pass_kernel(
     batch = slot // SPLITS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = split * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
+    first = split * ROWS
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
     wait_for_previous(PDL)
     launch_dependents(PDL)
 
-    cd = tl.arange(0, BLOCK_D)
-    cv = tl.arange(0, BLOCK_V)
-    cn = tl.arange(0, BLOCK_DN)
-    state_mask = (cd < D)[:, None] & (cv < DV)[None, :]
-    state_offsets = cd[:, None] * DV + cv[None, :]
-    state = scale
-    key_sum = scale
-    if NEED_DQ or NORMALIZER != "none":
-        state = tl.load(STATE + b0 * ss0 + b1 * ss1 + state_offsets, mask=state_mask, other=0.0)
-    if NORMALIZER != "none":
-        key_sum = tl.load(SUM + b0 * sz0 + b1 * sz1 + cn, mask=cn < DN, other=0.0) * norm_scale
-    row = batch.to(tl.int64) * N + first
-    dstate, dsum = query_gradients(
-        DO + b0 * sg0 + b1 * sg1 + first64 * sgn,
-        Q + b0 * sq0 + b1 * sq1 + first64 * sqn,
-        QN + b0 * sn0 + b1 * sn1 + first64 * snn,
-        DQ + b0 * sdq0 + b1 * sdq1 + first64 * sdqn,
-        DQN + b0 * sdn0 + b1 * sdn1 + first64 * sdnn,
-        W + row, DZ + row, state, key_sum, first, last, 0, 0, scale, norm_scale, eps,
-        sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORMALIZER, DECOUPLED,
-        NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, False,
-        Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
-    )  # fmt: skip
     slot64 = slot.to(tl.int64)
-    if NEED_DSTATE:
-        tl.store(DSTATE + slot64 * DSTATE_STRIDE + state_offsets, dstate, mask=state_mask)
-    if NEED_DSUM:
-        tl.store(DSUM + slot64 * DSUM_STRIDE + cn, dsum * norm_scale, mask=cn < DN)
+    if REST > 0:
+        query_pass_in_two(
+            DO + b0 * sg0 + b1 * sg1 + first64 * sgn,
+            Q + b0 * sq0 + b1 * sq1 + first64 * sqn,
+            DQ + b0 * sdq0 + b1 * sdq1 + first64 * sdqn,
+            STATE + b0 * ss0 + b1 * ss1, SUM + b0 * sz0 + b1 * sz1,
+            DSTATE + slot64 * DSTATE_STRIDE, DSUM + slot64 * DSUM_STRIDE,
+            first, last, scale, norm_scale, eps, sgn, sgd, sqn, sqd, sdqn, sdqd,
+            D, BLOCK_D, REST, BLOCK_N, NORMALIZER,
+            NEED_DQ, NEED_DSTATE, NEED_DSUM, Q_MAP, Q_MAP_GRAD, BIG,
+        )  # fmt: skip
+    else:
+        cd = tl.arange(0, BLOCK_D)
+        cv = tl.arange(0, BLOCK_V)
+        cn = tl.arange(0, BLOCK_DN)
+        state_mask = (cd < D)[:, None] & (cv < DV)[None, :]
+        state_offsets = cd[:, None] * DV + cv[None, :]
+        state = scale
+        key_sum = scale
+        if NEED_DQ or NORMALIZER != "none":
+            state = tl.load(STATE + b0 * ss0 + b1 * ss1 + state_offsets, mask=state_mask, other=0.0)
+        if NORMALIZER != "none":
+            key_sum = tl.load(SUM + b0 * sz0 + b1 * sz1 + cn, mask=cn < DN, other=0.0) * norm_scale
+        row = batch.to(tl.int64) * N + first
+        dstate, dsum = query_gradients(
+            DO + b0 * sg0 + b1 * sg1 + first64 * sgn,
+            Q + b0 * sq0 + b1 * sq1 + first64 * sqn,
+            QN + b0 * sn0 + b1 * sn1 + first64 * snn,
+            DQ + b0 * sdq0 + b1 * sdq1 + first64 * sdqn,
+            DQN + b0 * sdn0 + b1 * sdn1 + first64 * sdnn,
+            W + row, DZ + row, state, key_sum, first, last, 0, 0, scale, norm_scale, eps,
+            sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
+            D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
+            NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, False,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
+        )  # fmt: skip
+        if NEED_DSTATE:
+            tl.store(DSTATE + slot64 * DSTATE_STRIDE + state_offsets, dstate, mask=state_mask)
+        if NEED_DSUM:
+            tl.store(DSUM + slot64 * DSUM_STRIDE + cn, dsum * norm_scale, mask=cn < DN)

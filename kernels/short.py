@@ -28,7 +28,6 @@ def short_forward_kernel(
     so0, so1, son, sod,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
     NORMALIZER: tl.constexpr, NORM: tl.constexpr, DECOUPLED: tl.constexpr, WEIGHT: tl.constexpr,
     Q_MAP: tl.constexpr, K_MAP: tl.constexpr, QN_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, STATE_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
@@ -48,7 +47,7 @@ def short_forward_kernel(
         V + b0 * sv0 + b1 * sv1,
         KN + b0 * sn0 + b1 * sn1,
         a_ptr, a_ptr, 0, M, 0, skn, skd, svn, svd, snn, snd, san,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORM, WEIGHT, K_MAP, KN_MAP, EXACT, STATE_PRECISION, BIG,
     )  # fmt: skip
     cd = tl.arange(0, BLOCK_D)
@@ -63,7 +62,7 @@ def short_forward_kernel(
         )
         if NORM != "none":
             tl.store(SUM + batch64 * DN + cn, key_sum, mask=cn < DN)
-    first = part * (ROWS if COLUMNS else ROWS // 8 * 8)
+    first = part * ROWS
     last = tl.minimum(first + ROWS, N)
     first64 = first.to(tl.int64)
     o_ptr = OUT + b0 * so0 + b1 * so1 + first64 * son
@@ -73,7 +72,7 @@ def short_forward_kernel(
         o_ptr, a_ptr, o_ptr, o_ptr,
         state, key_sum * norm_scale, 0.0, first, last, 0, scale, eps,
         sqn, sqd, sxn, sxd, son, sod, 0, 0, 0,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORMALIZER, DECOUPLED, False, "none", False,
         Q_MAP, QN_MAP, None, None, PRECISION, BIG,
     )  # fmt: skip
@@ -99,7 +98,6 @@ def short_backward_kernel(
     ss0, ss1, sz0, sz1,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
     NORMALIZER: tl.constexpr, NORM: tl.constexpr, DECOUPLED: tl.constexpr, WEIGHT: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DQN: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
@@ -141,11 +139,11 @@ def short_backward_kernel(
         q_ptr, q_ptr, state, key_sum, 0, N,
         part * QUERY_ROWS, (part + 1) * QUERY_ROWS, scale, norm_scale, eps,
         sgn, sgd, sqn, sqd, sxn, sxd, sdqn, sdqd, sdxn, sdxd,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORMALIZER, DECOUPLED,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
         NEED_DQ, NEED_DQN, True, NORM != "none", False, True,
         Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip
-    first = part * (KEY_ROWS if COLUMNS else KEY_ROWS // 8 * 8)
+    first = part * KEY_ROWS
     last = tl.minimum(first + KEY_ROWS, M)
     first64 = first.to(tl.int64)
     key_gradients(
@@ -159,7 +157,7 @@ def short_backward_kernel(
         DA + b0 * sda0 + b1 * sda1 + first64 * sdan,
         dstate, dsum * norm_scale, first, last,
         skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS, NORM, WEIGHT,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
         NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
         K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip

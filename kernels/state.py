@@ -19,7 +19,6 @@ from bla_inductor.kernels.common import (
     mapped,
     operand,
     product,
-    rows_left,
     tile_mask,
     tile_range,
     wait_for_previous,
@@ -33,15 +32,12 @@ def accumulate_state(
     skn, skd, svn, svd, snn, snd, san,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     """(state, key_sum) of rows first … last; the pointers are those of row `first`."""
     # A product with `in_columns`, where the user's graph rounds the sum to 16 bits anyway.
-    TENSOR_SUMS: tl.constexpr = (
-        COLUMNS and NORM == "coupled" and PRECISION == "native" and not EXACT
-    )
+    TENSOR_SUMS: tl.constexpr = NORM == "coupled" and PRECISION == "native" and not EXACT
     state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
     if TENSOR_SUMS:
         sums = tl.zeros((BLOCK_D, 16), tl.float32)
@@ -53,7 +49,7 @@ def accumulate_state(
             b_ptr, state, sums, last - first - n, tile,
             skn, skd, svn, svd, snn, snd, san,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS, COLUMNS,
+            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS,
         )  # fmt: skip
         k_ptr += BLOCK_N * skn
         v_ptr += BLOCK_N * svn
@@ -74,14 +70,14 @@ def _add_tile(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
-    TENSOR_SUMS: tl.constexpr, COLUMNS: tl.constexpr,
+    TENSOR_SUMS: tl.constexpr,
 ):  # fmt: skip
     """state and sums with one tile added, of which `left` rows are left."""
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     rn = tile_range(BLOCK_N, BIG)
     rd = tile_range(BLOCK_D, BIG)
     rv = tile_range(BLOCK_V, BIG) + tile * BLOCK_V
-    inside = rows_left(rn, left, COLUMNS)
+    inside = rn < left
     if WEIGHT == "mask":
         inside = inside & (tl.load(a_ptr + rn * san, mask=inside, other=0) != 0)
     elif WEIGHT == "float":
@@ -143,7 +139,6 @@ def state_kernel(
     STATE_STRIDE, SUM_STRIDE,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
-    COLUMNS: tl.constexpr,  # key_sum on the tensor cores, see `in_columns`
     NORM: tl.constexpr,  # "none", "coupled" (k' is k) or "decoupled"
     WEIGHT: tl.constexpr,  # "none", "mask" or "float"
     K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
@@ -160,7 +155,7 @@ def state_kernel(
     batch = slot // SPLITS
     b0 = (batch // B1).to(tl.int64)
     b1 = (batch % B1).to(tl.int64)
-    first = split * (ROWS if COLUMNS else ROWS // 8 * 8)  # as the compiler has to see
+    first = split * ROWS
     last = tl.minimum(first + ROWS, M)
     first64 = first.to(tl.int64)
     wait_for_previous(PDL)
@@ -172,7 +167,7 @@ def state_kernel(
         A + b0 * sa0 + b1 * sa1 + first64 * san,
         B + b0 * sa0 + b1 * sa1 + first64 * san,
         first, last, tile, skn, skd, svn, svd, snn, snd, san,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG,
     )  # fmt: skip
     slot64 = slot.to(tl.int64)

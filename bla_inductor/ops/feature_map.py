@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     import sympy
 
-__all__ = ["RowWise", "Stage", "canonical", "derivative", "parse", "text_of"]
+__all__ = ["RowWise", "Stage", "canonical", "derivative", "has_rows", "parse", "text_of"]
 
 _ROW = re.compile(r"(softmax|l1|l2)(?:\s*\(\s*(max|add)\s*=([^()]+)\))?")
 
@@ -69,6 +69,12 @@ def text_of(stages: Sequence[Stage]) -> str:
 def canonical(text: str) -> str:
     """One text for all that are read alike."""
     return text_of(parse(text))
+
+
+@functools.cache
+def has_rows(text: str) -> bool:
+    """Whether a stage of the map looks at a whole row; "" is the identity."""
+    return bool(text) and any(isinstance(stage, RowWise) for stage in parse(text))
 
 
 @functools.cache

@@ -80,23 +80,13 @@ def reduce_batch(x: Tensor, batch: Sequence[int]) -> Tensor:
     return x.sum(dims, keepdim=True) if dims else x
 
 
-# Whether kernels read what has its tokens beside each other (channels first) where it is, instead
-# of a copy. They are right in Triton's interpreter and compile without spills, but no GPU has run
-# them, and Triton 3.6 is known to make wrong kernels of tiles read in unusual ways: off until then.
-READ_ALONG_TOKENS = False
-
-
 def readable(x: Tensor, unit: int = 0) -> bool:
     """Whether the kernels can read x (…, tokens, features) 16 bytes at a time along the features,
     for any address of x that is a multiple of 16. (`kernels.batch.aligned` says why they must.)
-    With READ_ALONG_TOKENS, also along the tokens.
 
     unit: what strides have to be multiples of, where 16 bytes are not enough.
     """
     unit = unit or 16 // x.element_size()
     pairs = zip(x.shape, x.stride(), strict=True)
     wide = [known(size == 1) or known(stride % unit == 0) for size, stride in pairs]
-    if known(x.stride(-1) == 1):
-        return all(wide[:-1])
-    tokens = READ_ALONG_TOKENS and known(x.stride(-2) == 1) and known(x.shape[-2] % 8 == 0)
-    return tokens and all(wide[:-2]) and wide[-1]
+    return known(x.stride(-1) == 1) and all(wide[:-1])

@@ -22,8 +22,9 @@ from bla_inductor.templates import Unsupported, arguments
 from bla_inductor.templates.arguments import empty
 from bla_inductor.templates.forward import Call, bound
 from bla_inductor.templates.key_pass import key_pass, short_backward
-from bla_inductor.templates.operands import Expr, Node, equal, in_columns, in_tiles, realized
+from bla_inductor.templates.operands import Expr, Node, equal, merges, realized
 from bla_inductor.templates.query_pass import query_pass
+from bla_inductor.templates.tiles import in_tiles, over_batch
 from bla_inductor.templates.wanted import NAMES, Wanted
 
 Packed: TypeAlias = tuple[Sequence[Expr], Sequence[int]]
@@ -35,7 +36,11 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     packed: (size, places) of a buffer for some of them, which is then the first result.
     """
     call = bound(x.inputs)
-    do, state = in_tiles("do", x.do), realized(x.state)
+    read = {"q": x.inputs.q, "q_norm": x.inputs.q_norm, "do": in_tiles("do", x.do)}
+    read = over_batch(call.query_batch, read, call.key_batch)
+    x.inputs.q, x.inputs.q_norm, do = read["q"], read["q_norm"], read["do"]
+    assert do is not None
+    state = realized(x.state)
     key_sum = realized(x.key_sum) if x.inputs.normalized else None
     widest = max(call.D, call.DV, call.DN)
     precision = backward_precision(call.dtype, do.get_dtype(), widest, upcast=x.inputs.upcast)
@@ -43,9 +48,7 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     if heuristics.wide_backward(call.D, call.DV, call.DN, precision, capability):
         raise Unsupported(f"head dims {call.D}, {call.DV} in {precision}: a backward in tiles")
     key_side = any(x.needs[i] for i in (1, 2, 4, 5))
-    inputs = x.inputs
-    columns = in_columns(do, inputs.q, inputs.k, inputs.v, inputs.q_norm, inputs.k_norm)
-    parts = _short_parts(call, x, precision) if key_side and columns else 0
+    parts = _short_parts(call, x, do, precision) if key_side else 0
     joined, places = None, {}
     if packed is not None:
         joined = empty(packed[0], call.dtype, call.device)
@@ -55,11 +58,13 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     for i, name in enumerate(NAMES):
         if not x.needs[i] or x.inputs.tensors[i] is None:
             continue
-        batch = call.query_batch if name in ("DQ", "DQN") else call.key_batch
+        batch, beside = call.key_batch, [*x.inputs.tensors[1:3], *x.inputs.tensors[4:]]
+        if name in ("DQ", "DQN"):
+            batch, beside = call.query_batch, [do, x.inputs.q, x.inputs.q_norm]
         if i in places:
             result, buffer = None, _placed(x, call, i, batch, joined, places[i])
         else:
-            result, buffer = _gradient(x, call, i, batch)
+            result, buffer = _gradient(x, call, i, batch, beside)
         wanted.results[i] = result
         wanted.written[name] = (buffer, 1 if name == "DA" else 2)
         if result is None and i not in places:
@@ -89,8 +94,13 @@ def _placed(
     return ir.ReinterpretView(data=realized(joined).data, layout=layout)
 
 
-def _gradient(x: Any, call: Call, i: int, batch: Sequence[Expr]) -> tuple[Node | None, Node]:
-    """(the result or None, the buffer for the kernel): the same where nothing was broadcast."""
+def _gradient(
+    x: Any, call: Call, i: int, batch: Sequence[Expr], beside: Sequence[Node | None]
+) -> tuple[Node | None, Node]:
+    """(the result or None, the buffer for the kernel): the same where nothing was broadcast.
+
+    beside: what the kernel reads. Contiguous where the wanted order does not merge with that.
+    """
     t = x.inputs.tensors[i]
     assert t is not None
     sizes, own = t.get_size(), 1 if i == 5 else 2
@@ -98,6 +108,8 @@ def _gradient(x: Any, call: Call, i: int, batch: Sequence[Expr]) -> tuple[Node |
         order = list(_order(x, i) or range(len(sizes)))
         memory = ir.FlexibleLayout.contiguous_strides([sizes[d] for d in order])
         strides = [memory[order.index(d)] for d in range(len(sizes))]
+        if not merges(batch, beside, [(sizes, strides)]):
+            strides = ir.FlexibleLayout.contiguous_strides(sizes)
         result = inductor.empty_strided(
             list(sizes), strides, dtype=t.get_dtype(), device=call.device
         )
@@ -121,7 +133,7 @@ def _summed(x: Any, i: int, buffer: Node) -> Node:
     return inductor.to_dtype(total, t.get_dtype())
 
 
-def _short_parts(call: Call, x: Any, precision: str) -> int:
+def _short_parts(call: Call, x: Any, do: Node, precision: str) -> int:
     """Programs a head of the kernel for short sequences; 0: not that one. A symbolic length may
     turn out long.
     """
@@ -130,6 +142,8 @@ def _short_parts(call: Call, x: Any, precision: str) -> int:
     given = [t for t, need in zip(x.inputs.tensors, x.needs, strict=True) if need and t is not None]
     batches = [t.get_size()[: len(call.query_batch)] for t in given]
     if not all(all(map(equal, b, call.query_batch)) for b in [*batches, call.key_batch]):
+        return 0
+    if not merges(call.query_batch, [do, *x.inputs.tensors]):
         return 0
     return heuristics.short_backward_parts(
         arguments.hint(arguments.product(call.query_batch)),

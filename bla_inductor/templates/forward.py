@@ -24,11 +24,11 @@ from bla_inductor.templates.operands import (
     Node,
     Operands,
     equal,
-    in_columns,
-    in_tiles,
+    merges,
     realized,
 )
 from bla_inductor.templates.output import apply_state, short_forward
+from bla_inductor.templates.tiles import in_tiles, over_batch
 
 MOST_SPLITS = 64
 
@@ -85,6 +85,13 @@ def bound(x: Any) -> Call:
     if x.key_weight is not None:
         queries.append(x.key_weight.get_size()[:-1])
         keys.append(x.key_weight.get_size()[:-1])
+    query_batch, key_batch = broadcast(queries), broadcast(keys)
+    read = {name: getattr(x, name) for name in ("k", "v", "k_norm", "key_weight")}
+    for name, node in over_batch(key_batch, read, key_batch).items():
+        setattr(x, name, node)
+    read = {name: getattr(x, name) for name in ("q", "q_norm")}
+    for name, node in over_batch(query_batch, read, key_batch).items():
+        setattr(x, name, node)
     names = ("q", "k", "q_norm", "k_norm")
     return Call(
         x,
@@ -95,8 +102,8 @@ def bound(x: Any) -> Call:
         D,
         DV,
         DN,
-        broadcast(queries),
-        broadcast(keys),
+        query_batch,
+        key_batch,
         dict(zip(names, x.maps, strict=True)),
     )
 
@@ -139,6 +146,8 @@ def _short_parts(call: Call, state_in: str, output_in: str) -> int:
     same = all(map(equal, call.query_batch, call.key_batch))
     if not same or not arguments.is_static(call.N, call.M):
         return 0
+    if not merges(call.query_batch, call.x.tensors):
+        return 0
     return heuristics.short_forward_parts(
         arguments.hint(arguments.product(call.query_batch)),
         int(call.N),
@@ -170,8 +179,7 @@ def statistics(
     D, DV = static(k.get_size()[-1]), static(v.get_size()[-1])
     DN = static((k if k_norm is None else k_norm).get_size()[-1])
     M, normalized = k.get_size()[-2], norm != "none"
-    columns = in_columns(k, v, k_norm)
-    light = columns and not exact and k_norm is None
+    light = not exact and k_norm is None
     plain = light and arguments.weight_kind(weights[0]) != "float"
     tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device), plain)
     tiles = -(-DV // tile.BLOCK_V)
@@ -226,7 +234,6 @@ def statistics(
             "D": D,
             "DV": DV,
             "DN": DN,
-            "COLUMNS": columns,
             "NORM": norm,
             "WEIGHT": arguments.weight_kind(weight),
             "EXACT": exact,

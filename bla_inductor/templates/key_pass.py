@@ -6,10 +6,11 @@ from bla_inductor.kernels import heuristics
 from bla_inductor.kernels.heuristics import Tile
 from bla_inductor.kernels.key_pass import key_pass_kernel
 from bla_inductor.kernels.short import short_backward_kernel
+from bla_inductor.ops.feature_map import has_rows
 from bla_inductor.templates import arguments, launch
 from bla_inductor.templates.forward import Call
 from bla_inductor.templates.launch import both
-from bla_inductor.templates.operands import Node, Operands, in_columns, realized
+from bla_inductor.templates.operands import Node, Operands, realized
 from bla_inductor.templates.wanted import NAMES, Wanted, needs
 
 
@@ -18,7 +19,10 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
     x, D, DV = call.x, call.D, call.DV
     DN = D if dsum is None else call.DN
     batch, outputs = call.key_batch, ("DK", "DVALUE", "DKN", "DA")
-    tile = heuristics.key_pass_tile(D, DV, DN, precision, heuristics.capability(call.device))
+    sizes = D, DV, DN, precision, heuristics.capability(call.device)
+    tile = heuristics.key_pass_tile(*sizes)
+    if x.k_norm is None and x.key_weight is None and not has_rows(call.maps["k"]):
+        tile = heuristics.in_two_pieces("key", *sizes) or tile
     operands = Operands(
         batch,
         {
@@ -54,7 +58,6 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
             "D": D,
             "DV": DV,
             "DN": DN,
-            "COLUMNS": in_columns(x.k, x.v, x.k_norm),
             "NORM": call.norm if dsum is not None else "none",
             "WEIGHT": arguments.weight_kind(x.key_weight),
             **needs(wanted, "DK", "DVALUE", "DKN", "DA"),
@@ -123,7 +126,6 @@ def short_backward(
             "DV": call.DV,
             "DN": call.DN,
             "NORMALIZER": x.normalizer,
-            "COLUMNS": in_columns(do, x.q, x.k, x.v, x.q_norm, x.k_norm),
             "NORM": call.norm,
             "DECOUPLED": x.q_norm is not None,
             "WEIGHT": arguments.weight_kind(x.key_weight),

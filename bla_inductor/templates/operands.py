@@ -15,11 +15,11 @@ from torch._inductor import ir
 from torch._inductor.codegen.triton import texpr
 from torch._inductor.virtualized import V
 
-from bla_inductor.ops.layout import READ_ALONG_TOKENS
 from bla_inductor.templates import Unsupported
 
 Node: TypeAlias = Any
 Expr: TypeAlias = Any
+View: TypeAlias = tuple[Sequence[Expr], Sequence[Expr]]  # sizes and strides
 
 _SIZES = "SIZES"
 
@@ -41,45 +41,6 @@ def realized(x: Node) -> Node:
     return ir.ReinterpretView(data=storage, layout=layout)
 
 
-def in_tiles(name: str, x: Node) -> Node:
-    """x realized, for a kernel to read in tiles. Unsupported unless its features are contiguous and
-    all rows begin at multiples of 16 bytes: `kernels.batch.aligned` has the reason, and makes the
-    copy. There 16 bytes are not enough, since Triton knows of an argument
-    that 16 divides it, or nothing; in a template strides are numbers, or expressions with a number
-    as a factor.
-    """
-    x = realized(x)
-    layout = x.get_layout()
-    V.graph.sizevars.guard_int(layout.size[-1])  # the kernels are compiled for it
-
-    def aligned(elements: Expr) -> bool:
-        offset = sympy.sympify(elements * layout.dtype.itemsize)
-        return bool(V.graph.sizevars.statically_known_multiple_of(offset, 16))
-
-    pairs = zip(layout.size, layout.stride, strict=True)
-    wide = [equal(size, 1) or aligned(stride) for size, stride in pairs]
-    features = contiguous(x, -1) and all(wide[:-1])
-    tokens = READ_ALONG_TOKENS and contiguous(x, -2) and all(wide[:-2]) and wide[-1]
-    if tokens:
-        tokens = bool(V.graph.sizevars.statically_known_multiple_of(layout.size[-2], 8))
-    if not aligned(layout.offset) or not (features or tokens):
-        raise Unsupported(
-            f"{name} has strides {list(layout.stride)}: the features are not contiguous, or the "
-            "rows not aligned, so it is copied first"
-        )
-    return x
-
-
-def contiguous(x: Node, dim: int) -> bool:
-    """Whether x is known to be contiguous along a dim."""
-    return equal(x.get_layout().stride[dim], 1)
-
-
-def in_columns(*nodes: Node | None) -> bool:
-    """COLUMNS of the kernels: every tile is read along its features."""
-    return all(x is None or contiguous(x, -1) for x in nodes)
-
-
 class Operands:
     """The operands of one kernel.
 
@@ -92,7 +53,11 @@ class Operands:
         self, sizes: Sequence[Expr], tensors: Mapping[str, tuple[Node, int] | None]
     ) -> None:
         given = {name: pair for name, pair in tensors.items() if pair is not None}
-        groups = _merge(sizes, [node for node, _ in given.values()])
+        groups = _merge(sizes, [(x.get_size(), x.get_stride()) for x, _ in given.values()])
+        if groups is None:
+            raise Unsupported(
+                f"the batch dims {list(sizes)} have strides that do not merge into two dims"
+            )
         self.views: dict[str, Node] = {}
         for i, (name, (node, own)) in enumerate(given.items()):
             layout = node.get_layout()
@@ -172,23 +137,29 @@ class Operands:
         return not all(less(r, 2**31) for r in reach)
 
 
+def merges(
+    sizes: Sequence[Expr], nodes: Sequence[Node | None], beside: Sequence[View] = ()
+) -> bool:
+    """Whether one kernel can take the nodes (those that are there), and views beside them."""
+    views = [(x.get_size(), x.get_stride()) for x in nodes if x is not None]
+    return _merge(sizes, [*views, *beside]) is not None
+
+
 def _merge(
-    sizes: Sequence[Expr], nodes: Sequence[Node]
-) -> tuple[tuple[Expr, list[Expr]], tuple[Expr, list[Expr]]]:
-    """(size, stride of each node) of the outer and of the inner batch dim."""
+    sizes: Sequence[Expr], views: Sequence[View]
+) -> tuple[tuple[Expr, list[Expr]], tuple[Expr, list[Expr]]] | None:
+    """(size, stride of each view) of the outer and of the inner batch dim."""
     merged: list[tuple[Expr, list[Expr]]] = []
     for i, size in enumerate(sizes):
         if equal(size, 1):
             continue
-        strides = [0 if equal(x.get_size()[i], 1) else x.get_stride()[i] for x in nodes]
+        strides = [0 if equal(own[i], 1) else stride[i] for own, stride in views]
         if merged and all(equal(a, b * size) for a, b in zip(merged[-1][1], strides, strict=True)):
             merged[-1] = (merged[-1][0] * size, strides)
         else:
             merged.append((size, strides))
     if len(merged) > 2:
-        raise Unsupported(
-            f"the batch dims {list(sizes)} have strides that do not merge into two dims"
-        )
+        return None
     while len(merged) < 2:
-        merged.insert(0, (1, [0] * len(nodes)))
+        merged.insert(0, (1, [0] * len(views)))
     return merged[0], merged[1]

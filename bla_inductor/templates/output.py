@@ -19,7 +19,7 @@ from bla_inductor.kernels import state as state_kernels
 from bla_inductor.kernels.heuristics import Tile
 from bla_inductor.templates import arguments, launch
 from bla_inductor.templates.arguments import empty
-from bla_inductor.templates.operands import Expr, Node, Operands, equal, in_columns, realized
+from bla_inductor.templates.operands import Expr, Node, Operands, equal, realized
 from bla_inductor.templates.readers import readers_shape, segments
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ _MAKE_STATE = """
     state, key_sum = accumulate_state(
         K + b0 * sk0 + b1 * sk1, V + b0 * sv0 + b1 * sv1, {KN} + b0 * sn0 + b1 * sn1, a_ptr, a_ptr,
         0, {keys}, 0, skn, skd, svn, svd, snn, snd, san,
-        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+        D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORM, WEIGHT, K_MAP, KN_MAP, EXACT, STATE_PRECISION, BIG,
     )
     if chunk == 0:
@@ -84,7 +84,7 @@ _MAKE_STATE = """
 _TILES = """
     key_sum = key_sum * norm_scale
     state, factor, key_sum, norm_factor = held_for_output(
-        state, key_sum, X.dtype.element_ty, COLUMNS, NORMALIZER, DECOUPLED, PRECISION
+        state, key_sum, X.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION
     )
     sx0, sx1, sxn, sxd = {x}
     sxn0, sxn1, sxnn, sxnd = {xn}
@@ -94,7 +94,7 @@ _TILES = """
     for n in range(first, last, BLOCK_N):
         out = output_tile(
             x_ptr, n_ptr, state, factor, key_sum, norm_factor, last - n, scale, eps,
-            sxn, sxd, sxnn, sxnd, D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, COLUMNS,
+            sxn, sxd, sxnn, sxnd, D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
             NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, FULL,
         )
         x_ptr += BLOCK_N * sxn
@@ -214,7 +214,6 @@ def _constants(call: Call, tile: Tile, precision: str, each: int, big: bool) -> 
         "PRECISION": repr(precision),
         "BIG": big,
         "FULL": _full(call, tile),
-        "COLUMNS": in_columns(call.x.q, call.x.q_norm),
     }
 
 
@@ -324,7 +323,6 @@ def short_forward(
         [launch.header(functions, maps, call.dtype), launch.signature(operands.nodes), body]
     )
     constants = _constants(call, tile, precision, each, operands.big(tile.BLOCK_N)) | {
-        "COLUMNS": in_columns(x.q, x.k, x.v, x.q_norm, x.k_norm),
         "NORM": repr(call.norm),
         "WEIGHT": repr(arguments.weight_kind(x.key_weight)),
         "EXACT": exact,

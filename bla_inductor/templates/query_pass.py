@@ -11,11 +11,12 @@ from torch._inductor import lowering as inductor
 
 from bla_inductor.kernels import heuristics
 from bla_inductor.kernels.query_pass import query_pass_kernel
+from bla_inductor.ops.feature_map import has_rows
 from bla_inductor.templates import arguments, launch
 from bla_inductor.templates.arguments import empty
 from bla_inductor.templates.forward import MOST_SPLITS, Call, add_splits, rows_text, statistics
 from bla_inductor.templates.launch import both
-from bla_inductor.templates.operands import Expr, Node, Operands, equal, in_columns, realized
+from bla_inductor.templates.operands import Expr, Node, Operands, equal, realized
 from bla_inductor.templates.wanted import Wanted
 
 
@@ -35,8 +36,10 @@ def query_pass(
     same = all(map(equal, batch, key_batch))
     capability = heuristics.capability(device)
     fused = heuristics.fused_query_pass(D, DV, precision, capability)
-    columns = in_columns(x.q, do, x.q_norm)
-    tile = heuristics.query_pass_tile(D, DV, DN, precision, capability, columns)
+    sizes = D, DV, DN, precision, capability
+    tile = heuristics.query_pass_tile(*sizes)
+    if x.q_norm is None and not has_rows(call.maps["q"]):
+        tile = heuristics.in_two_pieces("query", *sizes) or tile
     wanted_sums = _sums_needed(call, wanted)
     tensors: dict[str, Any] = {
         "DO": (do, 2),
@@ -105,7 +108,6 @@ def query_pass(
             "D": D,
             "DV": DV,
             "DN": DN,
-            "COLUMNS": columns,
             "NORMALIZER": x.normalizer,
             "DECOUPLED": x.q_norm is not None,
             "NEED_DQ": "DQ" in wanted,

@@ -65,6 +65,14 @@ def _answers(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
+def _format_of_cudnn(x: torch.Tensor, weight: torch.Tensor, _: Any) -> torch.memory_format:
+    """That of a convolution's result: channels last where one of its operands is."""
+    last = torch.channels_last
+    if any(not t.is_contiguous() and t.is_contiguous(memory_format=last) for t in (x, weight)):
+        return last
+    return torch.contiguous_format
+
+
 @contextlib.contextmanager
 def imagined_gpu() -> Iterator[None]:
     """Everything that asks for a CUDA device finds one."""
@@ -112,6 +120,9 @@ def imagined_gpu() -> Iterator[None]:
         answer(CudaInterface.Worker, "get_device_properties", _PROPERTIES, staticmethod)
         answer(CudaInterface.Worker, "current_device", 0, staticmethod)
         answer(torch._subclasses.fake_tensor, "init_gpu_context", None)
+        answer(torch._C, "_select_conv_backend", torch._C._ConvBackend.Cudnn)
+        name = "_conv_determine_backend_memory_format"
+        patches.enter_context(mock.patch.object(torch._C, name, _format_of_cudnn))
         for module_name, module in list(sys.modules.items()):
             if module_name.startswith(("torch._inductor", "torch.utils._triton", "torch._dynamo")):
                 for name in ("has_triton", "is_gpu_available", "is_triton_capable"):

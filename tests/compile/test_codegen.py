@@ -64,11 +64,12 @@ def merged(q, k, v, **formula):
     return out.transpose(1, 2).flatten(2)
 
 
-def gradients(q, k, v, do):
+def gradients(q, k, v, do, orders=None):
     _, state, key_sum = bla.linear_attention_forward(q, k, v, **FORMULA)
     tensors = (q, k, v, None, None, None, state, key_sum)
     needs = [True] * 3 + [False] * 3
-    return bla.linear_attention_backward(do, *tensors, **FORMULA, needs=needs)[:3]
+    grads = bla.linear_attention_backward(do, *tensors, **FORMULA, needs=needs, orders=orders)
+    return grads[:3]
 
 
 # o: tokens by channels, as is x; gate and bias: one entry a channel; image: what a convolution of

@@ -92,6 +92,32 @@ class Case:
         torch.save({"code": text, "inputs": inputs, "expected": self.function(*inputs)}, file)
 
 
+class Viewed(Case):
+    """q, k, v and do are views of tensors of one shape, after `compute` if they are not inputs."""
+
+    def __init__(self, shape, view, compute=None, dtype=torch.float32, joined=False):
+        super().__init__([shape] * 3, formula(), dtype, joined=joined)
+        self.view, self.compute = view, compute or (lambda x: x)
+
+    def function(self, *tensors):
+        results = super().function(*(self.view(self.compute(x)) for x in tensors))
+        return [x.contiguous() for x in results]
+
+
+def of_image(x: torch.Tensor) -> torch.Tensor:
+    """Channels before tokens."""
+    return x.unflatten(1, (-1, 16)).mT
+
+
+def windows(x: torch.Tensor) -> torch.Tensor:
+    """Batch dims of three unrelated strides."""
+    return x.permute(3, 2, 0, 1, 4)
+
+
+def repeated(x: torch.Tensor) -> torch.Tensor:
+    return x.mT.unsqueeze(1).expand(-1, 3, -1, -1)
+
+
 def same(n: int, *batch: int) -> list[tuple[int, ...]]:
     return [(*batch, n, 16)] * 3
 
@@ -116,6 +142,12 @@ CASES = {
     "joined": Case(same(40, 2, 3), formula(q_map=RELU, k_map=RELU), fp16, joined=True),
     "joined, by passes": Case(same(300, 2, 3), formula(), joined=True),
     "three batch dims": Case(same(20, 2, 2, 3), formula()),
+    "channels first": Viewed((2, 48, 40), of_image),
+    "channels first, computed": Viewed((2, 48, 300), of_image, lambda x: x * x.sigmoid()),
+    "channels first, joined": Viewed((2, 48, 40), of_image, joined=True),
+    "three strides": Viewed((3, 20, 2, 4, 16), windows),
+    "three strides, by splits": Viewed((3, 300, 2, 2, 16), windows),
+    "channels first, repeated": Viewed((2, 16, 40), repeated),
     "softmax features": Case(same(40, 2, 3), {"q_map": "softmax", "k_map": "softmax"}),
 }
 

@@ -13,7 +13,6 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from bla_inductor.kernels import heuristics, launching
-from bla_inductor.kernels.batch import aligned
 from linear_attention_formula import (
     FACTOR,
     NAMES,
@@ -25,7 +24,6 @@ from linear_attention_formula import (
 )
 
 from bla_inductor import kernels
-from bla_inductor.ops import layout
 from bla_inductor.ops.layout import broadcast, key_batch
 
 fp16, fp32 = torch.float16, torch.float32
@@ -230,6 +228,52 @@ def test_head_dims(d, dv, dtype):
     check(tensors, do)
 
 
+def pieces_seen(monkeypatch):
+    """REST of the launches by kernel, once kernels have run."""
+    seen = {}
+    original = launching.run
+
+    def run(kernel, *args, **constants):
+        if "REST" in constants:
+            seen[kernel.fn.__name__] = constants["REST"]
+        return original(kernel, *args, **constants)
+
+    monkeypatch.setattr(launching, "run", run)
+    return seen
+
+
+IN_TWO = ("query_pass_kernel", "key_pass_kernel")
+
+
+@pytest.mark.parametrize("normalizer", ["none", "add", "clamp"])
+@pytest.mark.parametrize("d", [72, 96])
+def test_two_pieces(d, normalizer, monkeypatch):
+    in_several_launches(monkeypatch)
+    seen = pieces_seen(monkeypatch)
+    tensors, do = inputs(150, 130, d, d, fp16, signed)
+    check(tensors, do, maps=(ELU1, ELU1, "", ""), normalizer=normalizer)
+    assert seen == dict(zip(IN_TWO, (16, 16) if d == 72 else (0, 32), strict=True))
+
+
+@pytest.mark.parametrize("needs", ["100", "010", "001", "110"])
+@pytest.mark.parametrize("maps", [("",) * 4, (ELU1, ELU1, "", "")])
+def test_two_pieces_of_the_gradients_that_are_needed(needs, maps, monkeypatch):
+    in_several_launches(monkeypatch)
+    seen = pieces_seen(monkeypatch)
+    tensors, do = inputs(70, 90, 80, 80, fp16, signed)
+    needs = (*(n == "1" for n in needs), False, False, False)
+    check(tensors, do, needs, maps=maps, normalizer="add" if any(maps) else "none")
+    assert set(seen.values()) == {16}
+
+
+def test_one_piece_where_two_do_not_know_how(monkeypatch):
+    in_several_launches(monkeypatch)
+    seen = pieces_seen(monkeypatch)
+    tensors, do = inputs(70, 90, 72, 72, fp16)
+    check((*tensors, None, None, weights(90)), do, maps=("softmax", "softmax", "", ""))
+    assert seen == dict.fromkeys(IN_TWO, 0)
+
+
 @pytest.mark.parametrize("d", [16, 136])
 def test_float32_result_of_fp16(d):
     tensors, do = inputs(70, 150, d, 24, fp16)
@@ -241,31 +285,6 @@ def test_float32_result_of_fp16(d):
 def test_ragged_lengths_and_layouts(make, n):
     tensors, do = inputs(n, 130 - n, 20, 20, fp32, make)
     check(tensors, do.mT.contiguous().mT)
-
-
-@pytest.mark.parametrize("which", ["qkv", "v", "k", "do"])
-@pytest.mark.parametrize("n", [48, 528])
-def test_tokens_beside_each_other_are_read_where_they_are(which, n, monkeypatch):
-    """What a 1×1 convolution makes: nothing is copied, and sums avoid the tensor cores."""
-    columns = []
-    original = launching.run
-
-    def run(kernel, *args, **constants):
-        columns.append(constants.get("COLUMNS"))
-        return original(kernel, *args, **constants)
-
-    monkeypatch.setattr(layout, "READ_ALONG_TOKENS", True)
-
-    def moved(name, x):
-        return x.mT.contiguous().mT if name in which else x.contiguous()
-
-    (q, k, v), do = inputs(n, 3 * n, 32, 32, fp16)
-    q, k, v = moved("q", q), moved("k", k), moved("v", v)
-    assert all(aligned(x) is x for x in (q, k, v))
-    monkeypatch.setattr(launching, "run", run)
-    check((q, k, v), moved("do", do), maps=(ELU1, ELU1, "", ""))
-    assert False in columns
-    assert (True in columns) == (which != "qkv")
 
 
 @pytest.mark.parametrize("d", [16, 136])

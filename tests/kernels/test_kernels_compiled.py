@@ -16,7 +16,6 @@ import ahead_of_time
 from bla_inductor.kernels import heuristics
 
 from bla_inductor import kernels
-from bla_inductor.ops import layout
 from bla_inductor.ops.layout import key_batch
 
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
@@ -39,12 +38,8 @@ POINTS = [
 ]
 
 
-def _launches(
-    d, dtype, out_dtype, capability, decoupled=False, upcast=False, phi=ELU1, n=4096, tokens=False
-):
+def _launches(d, dtype, out_dtype, capability, decoupled=False, upcast=False, phi=ELU1, n=4096):
     def make(features, dtype=dtype):
-        if tokens:  # beside each other
-            return torch.empty(8, 16, features, n, dtype=dtype, device="meta").mT
         return torch.empty(8, n, 16, features, dtype=dtype, device="meta").transpose(1, 2)
 
     def call():
@@ -79,10 +74,18 @@ def pool():
         yield executor
 
 
+def _spills(item):
+    """The query pass in two pieces is the exception: with 432 bytes it runs at 36 % of the copy
+    bandwidth (H100, D = 80), padded to 128 without any at 29 %, with smaller tiles at 27 %.
+    """
+    in_two = item.name == "query_pass_kernel" and dict(item.constants)["REST"]
+    return 512 if in_two else 0
+
+
 def _check(pool, jobs):
     for (item, capability), used in zip(jobs, pool.map(_compile, jobs), strict=True):
         label = f"{item.name} sm_{capability} {dict(item.constants)}: {used}"
-        assert used.spills == 0, label
+        assert used.spills <= _spills(item), label
         assert used.shared <= SHARED[capability], label
 
 
@@ -99,22 +102,6 @@ def test_no_spills(d, dtype, out_dtype, capability, pool):
 
 def test_no_spills_decoupled(pool):
     _check(pool, [(item, 90) for item in _launches(128, bf16, bf16, 90, decoupled=True)])
-
-
-@pytest.mark.parametrize("n", [256, 4096])
-@pytest.mark.parametrize("d", [32, 64, 128])
-def test_tokens_beside_each_other(d, n, pool, monkeypatch):
-    """Read where they are, and pipelined: through shared memory, for two stages at least."""
-    monkeypatch.setattr(layout, "READ_ALONG_TOKENS", True)
-    launches = _launches(d, bf16, bf16, 90, n=n, tokens=True)
-    reading = [item for item in launches if "COLUMNS" in dict(item.constants)]
-    assert reading
-    assert not any(dict(item.constants)["COLUMNS"] for item in reading)
-    _check(pool, [(item, 90) for item in launches])
-    for item, used in zip(reading, pool.map(_compile, [(i, 90) for i in reading]), strict=True):
-        constants = dict(item.constants)
-        tile = 2 * constants["BLOCK_N"] * constants["BLOCK_D"]
-        assert used.shared >= 2 * tile, f"{item.name}: {used}"
 
 
 @pytest.mark.parametrize("dtype", [bf16, fp16], ids=str)

@@ -43,6 +43,7 @@ def test_a_quadratic_spelling_pays_by_its_flops() -> None:
         ({"gradients": True, "copied": 5}, "5 of its tensors have their channels apart"),
         ({"gradients": True, "copied": 5}, "takes longer in training than"),
         ({"normalised": False, "copied": 2}, "takes longer than"),
+        ({"copied": 5, "inputs_copied": 4}, "takes longer than"),
         ({"quadratic": True, "n": 16, "m": 16}, "fewer FLOPs than q(kᵀv), so it stays"),
         ({"normalised": False, "m": 64}, "no long axis"),
         ({"alive": "scores"}, "scores q·kᵀ is read by other code"),
@@ -65,6 +66,7 @@ def test_refusals_say_why(change, reason) -> None:
     "change",
     [
         {"copied": 5},
+        {"copied": 5, "inputs_copied": 3},
         {"copied": 3, "gradients": True},
         {"copied": 1, "normalised": False},
         {"copied": 3, "normalised": False, "quadratic": True},
