@@ -13,6 +13,7 @@ starts whenever TORCH_LOGS names `bla_inductor`.
     Verification, Comparison          what `verify` returns
     BlaOptionError, BlaNoMatchError   what a compilation may raise: see `bla_inductor.errors`
     BlaVerificationError              what a verified call may raise
+    BlaDoubleBackwardError            what a second derivative raises in a compiled graph
 """
 
 import importlib
@@ -23,6 +24,7 @@ from bla_inductor._version import __version__
 if TYPE_CHECKING:
     from bla_inductor.debugger import debug
     from bla_inductor.errors import (
+        BlaDoubleBackwardError,
         BlaError,
         BlaNoMatchError,
         BlaOptionError,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from bla_inductor.verifier import verify
 
 __all__ = [
+    "BlaDoubleBackwardError",
     "BlaError",
     "BlaNoMatchError",
     "BlaOptionError",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "BlaDoubleBackwardError": "errors",
     "BlaError": "errors",
     "BlaNoMatchError": "errors",
     "BlaOptionError": "errors",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bla_inductor import failures, tangents
+from bla_inductor import double_backward, failures, tangents
 from bla_inductor.algebra.observe import undisturbed
 from bla_inductor.debugger import Recorder
 from bla_inductor.errors import BlaError, BlaNoMatchError
@@ -65,6 +65,8 @@ def bla(
     if chosen.inner == "eager":
         tangents.asked_for(gm)
     compiled = compile_inner(gm, example_inputs)
+    if chosen.inner != "eager":
+        compiled = double_backward.refused(compiled, example_inputs, report)
     tell(report, chosen)  # not before: the inner compiler may send Dynamo back to the start
     return watch.verified(compiled)
 

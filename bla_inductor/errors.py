@@ -63,6 +63,19 @@ class BlaOptionError(BlaError, ValueError):
             nearest,
         )
 
+    @classmethod
+    def for_compile(cls, key: str, got: Any, valid: Iterable[str], instead: str) -> BlaOptionError:
+        """`key` says how `torch.compile` is to go about it, and was given elsewhere."""
+        valid = tuple(valid)
+        return cls(
+            f"option {key}={got!r} is for torch.compile. {instead} "
+            f"Here the options are {', '.join(valid)}.",
+            key,
+            got,
+            valid,
+            None,
+        )
+
 
 class BlaNoMatchError(BlaError, RuntimeError):
     """`strict=True`, and a compiled graph holds nothing that was rewritten.
@@ -101,6 +114,29 @@ class BlaVerificationError(BlaError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.verification,)
+
+
+class BlaDoubleBackwardError(BlaError, RuntimeError):
+    """A second derivative through a rewritten graph that AOTAutograd compiled.
+
+    `report` tells what was rewritten in that graph.
+    """
+
+    def __init__(self, report: Report):
+        place = f"{report.matches[0].location}{' and others' * (len(report.matches) > 1)}"
+        remedy = "Compile with options={'inner': 'eager'}"
+        if any(match.approximate for match in report.matches):
+            remedy += " and without 'approximate', which has none either."
+        else:
+            remedy += ": the attention is fused there as well, and twice differentiable."
+        super().__init__(
+            f"a second derivative was asked of the compiled graph with the attention at {place}; "
+            f"torch.compile with aot_autograd does not currently support double backward. {remedy}"
+        )
+        self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.report,)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str | None:

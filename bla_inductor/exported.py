@@ -45,6 +45,13 @@ __all__ = ["REPORT", "rewrite_exported"]
 
 REPORT = "bla_report"  # the key of the Report in `graph_module.meta` of the result
 
+_OPTIONS = ("strict", "rewrite", "approximate", "approximate_training")
+_FOR_COMPILE = {
+    "verify": "Instead compare with fp64: bla_inductor.verify(program.module(), *args).",
+    "inner": "Nothing is compiled here: choose a backend where the result is compiled.",
+    "mode": "Instead give its options to torch._inductor.aoti_compile_and_package.",
+}
+
 register()
 
 
@@ -59,18 +66,19 @@ def rewrite_exported(
     operator loses the call signature that `preserve_module_call_signature` kept for it. It can be
     run, trained, decomposed, saved, unflattened and compiled as any other.
 
-    options: `strict` and `rewrite` of `bla_inductor.Options`, with the BLA_* variables as defaults;
-    Inductor's options are for `aoti_compile_and_package`.
+    options: `strict`, `rewrite`, `approximate` and `approximate_training` of
+    `bla_inductor.Options`, with the BLA_* variables as defaults. The others say how to compile:
+    Inductor's options are for `aoti_compile_and_package`, and in the place of `verify` there is
+    `bla_inductor.verify(program.module(), *args)`.
 
     What was decided is `result.graph_module.meta["bla_report"]`, a `bla_inductor.Report`, and goes
     to the log and to the counters as in a compilation. It is not saved with the program.
 
-    Raises BlaOptionError for an option that does not exist, and with `strict` BlaNoMatchError when
-    nothing was rewritten. Without it a failure of the analysis is a warning, and nothing changes.
+    Raises BlaOptionError for an option that does not exist or is for torch.compile, and with
+    `strict` BlaNoMatchError when nothing was rewritten. Without it a failure of the analysis is a
+    warning, and nothing changes.
     """
-    chosen, foreign = Options.parse(options)
-    for key, value in foreign.items():
-        raise BlaOptionError.unknown_key(key, value, ("strict", "rewrite"), ())
+    chosen = _chosen(options)
     graph_module = copy_graphs(program.graph_module)
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in placeholders]
@@ -98,6 +106,17 @@ def rewrite_exported(
     )
     announce(report)
     return result
+
+
+def _chosen(given: Mapping[str, Any] | None) -> Options:
+    chosen, foreign = Options.parse(given)
+    for key, value in foreign.items():
+        raise BlaOptionError.unknown_key(key, value, _OPTIONS, ())
+    for key, value in (given or {}).items():
+        instead = _FOR_COMPILE.get(key.replace("-", "_"))
+        if instead is not None and value is not None:
+            raise BlaOptionError.for_compile(key, value, _OPTIONS, instead)
+    return chosen
 
 
 @contextmanager

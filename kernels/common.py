@@ -8,7 +8,10 @@ import os
 import triton
 import triton.language as tl
 
+from bla_inductor.compat import clamp_is_flat_at_its_bounds
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+FLAT_AT_BOUND = tl.constexpr(clamp_is_flat_at_its_bounds())
 
 
 @triton.jit
@@ -257,6 +260,20 @@ def guarded(z, eps, NORMALIZER: tl.constexpr):
         return z + eps
     else:
         return tl.maximum(z, eps, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def through_guard(grad, z, eps, NORMALIZER: tl.constexpr):
+    """The gradient of z from that of guarded(z): none where the maximum is eps; where z is eps
+    itself, what torch.clamp has.
+    """
+    if NORMALIZER == "clamp":
+        if FLAT_AT_BOUND:
+            return tl.where(z > eps, grad, 0.0)
+        else:
+            return tl.where(z >= eps, grad, 0.0)
+    else:
+        return grad
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from bla_inductor.kernels.common import (
     operand,
     product,
     scaled,
+    through_guard,
     through_map,
     tile_mask,
     tile_range,
@@ -134,8 +135,7 @@ def _tile_gradients(
         guard = tl.where(inside, guarded(z, eps, NORMALIZER), 1.0)
         w = scale / guard
         ratio = -tl.sum(t * q, 1) / guard
-        if NORMALIZER == "clamp":
-            ratio = tl.where(z >= eps, ratio, 0.0)
+        ratio = through_guard(ratio, z, eps, NORMALIZER)
         dz = w * ratio
         if NEED_DQ:
             t *= w[:, None]

@@ -23,6 +23,7 @@ from bla_inductor.kernels.common import (
     mapped,
     once,
     operand,
+    through_guard,
     through_map,
     tile_range,
     weighted_rows,
@@ -164,8 +165,7 @@ def query_pass_in_two(
             guard = tl.where(inside, guarded(z, eps, NORMALIZER), 1.0)
             w = scale / guard
             ratio = -(tl.sum(t1 * q1, 1) + tl.sum(t2 * q2, 1)) / guard
-            if NORMALIZER == "clamp":
-                ratio = tl.where(z >= eps, ratio, 0.0)
+            ratio = through_guard(ratio, z, eps, NORMALIZER)
             dz = w * ratio
         if NEED_DQ:
             t1 *= w[:, None]

@@ -18,6 +18,7 @@ from bla_inductor.kernels.common import (
     operand,
     product,
     scaled,
+    through_guard,
     through_map,
     tile_mask,
     tile_range,
@@ -133,8 +134,7 @@ def wide_query_kernel(
             q = tl.load(q_ptr + rn[:, None] * sqn + rc[None, :] * sqd, mask=mask, other=0.0)
             total += tl.sum(t * operand(q, mask, Q_MAP).to(tl.float32), 1)
         dz = -norm_scale * w * total / guard
-        if NORMALIZER == "clamp":
-            dz = tl.where(z >= eps, dz, 0.0)
+        dz = through_guard(dz, z, eps, NORMALIZER)
         tl.store(DZ + row, dz, mask=inside)
         if NEED_DQN:
             for i in range(0, N_TILES):

@@ -68,31 +68,41 @@ def as_size(value: int | torch.SymInt) -> Size:
     if not isinstance(value, torch.SymInt):
         return int(value)
     expr, env = value.node.expr, value.node.shape_env
-    return _told(expr, _guarded(env)) if env is not None else _canonical(expr)
+    if env is None:
+        return _canonical(expr)
+    known, told = _guarded(env)
+    if expr not in told:
+        told[expr] = _told(expr, known)
+    return told[expr]
 
 
-_equalities: weakref.WeakKeyDictionary[Any, tuple[int, dict[sympy.Expr, sympy.Expr]]]
+_Known: TypeAlias = dict[sympy.Expr, sympy.Expr]
+_equalities: weakref.WeakKeyDictionary[Any, tuple[int, _Known, dict[sympy.Expr, Size]]]
 _equalities = weakref.WeakKeyDictionary()
 
 
-def _guarded(env: Any) -> dict[sympy.Expr, sympy.Expr]:
-    """What symbols and floor divisions are equal to, each in simpler words, by the guards that
-    there are.
+def _guarded(env: Any) -> tuple[_Known, dict[sympy.Expr, Size]]:
+    """What symbols, floor divisions and sums with one are equal to, each in simpler words, by the
+    guards that there are; and the sizes that have been told by that.
 
     Torch itself rewrites only symbols: where a batch of matrices needed that dim // head_dim is 1,
     or another tensor's quotient, it has the guard and still tells the size as it was.
     """
-    seen, known = _equalities.get(env, (0, {}))
+    seen, known, told = _equalities.get(env, (0, {}, {}))
+    before = len(known)
     for guard in env.guards[seen:]:
         if isinstance(guard.expr, sympy.Eq):
-            told = (_told(env.replace(side), known) for side in guard.expr.args)
-            sides = {sympy.sympify(size) for size in told}
+            terms = (_told(env.replace(side), known) for side in guard.expr.args)
+            sides = {sympy.sympify(size) for size in terms}
             simple, other = min(sides, key=_length), max(sides, key=_length)
             plain = other.is_Symbol and (simple.is_Symbol or simple.is_Integer)
-            if simple not in (other, 0) and (plain or _is_division(other)):
+            divided = any(_is_division(term) for term in sympy.Add.make_args(other))
+            if simple not in (other, 0) and (plain or divided):
                 known[other] = simple
-    _equalities[env] = len(env.guards), known
-    return known
+    if len(known) > before:
+        told = {}
+    _equalities[env] = len(env.guards), known, told
+    return known, told
 
 
 def _told(expr: sympy.Expr, known: Mapping[sympy.Expr, sympy.Expr]) -> Size:

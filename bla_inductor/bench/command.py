@@ -70,13 +70,16 @@ def run(given: argparse.Namespace) -> int:
     )
     if given.suite == "models":
         found = models.run(chosen, given.device, lengths, given.only, given.fresh)
-    for row in found:
-        key = (row.case, row.shape, row.dtype, row.run)
-        if row.provider == "bla" and row.ms and key in base:
-            row.base_ratio = base[key] / row.ms
-            row.note = f"{row.base_ratio:.2f}× {given.base} {row.note}".strip()
-        rows.append(row)
-        _show(row)
+    try:
+        for row in found:
+            key = (row.case, row.shape, row.dtype, row.run)
+            if row.provider == "bla" and row.ms and key in base:
+                row.base_ratio = base[key] / row.ms
+                row.note = f"{row.base_ratio:.2f}× {given.base} {row.note}".strip()
+            rows.append(row)
+            _show(row)
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(rows)} rows, which are kept")
     stem = given.out / f"{given.suite}-{header['device'].split(' (')[0].replace(' ', '-')}"
     output.write_csv(stem.with_suffix(".csv"), rows, header)
     print(f"wrote {stem.with_suffix('.csv')}")

@@ -38,8 +38,12 @@ class Inputs:
     do: Tensor
 
     @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    @property
     def leaves(self) -> list[Tensor]:
-        return [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+        return [x.detach().requires_grad_() for x in self.qkv]
 
 
 def make_inputs(case: Case, device: str) -> Inputs:

@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_inductor_cache
 
 from bla_inductor.bench import measure
+from bla_inductor.bench.cases import Case
 from bla_inductor.bench.output import Row
+from bla_inductor.bench.providers import naive
 
 __all__ = ["MODELS", "Model", "run"]
 
 _EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _FACTOR, _ROUNDINGS = 1.1, 8.0
+_WARM_UP = Case("warm-up", 1, 2, 256, 32)
 Made = tuple[nn.Module, tuple[Tensor, ...], dict[str, Any]]
 
 
@@ -143,6 +146,9 @@ def run(
 
     fresh: every compilation starts with empty caches, and its time is told; it takes minutes.
     """
+    if fresh:  # a process's first compilation pays for imports and starts the compile workers
+        for name in ("inductor", "bla"):
+            torch.compile(naive(_WARM_UP), backend=name)(*measure.make_inputs(_WARM_UP, device).qkv)
     for model in MODELS:
         if (lengths and model.N not in lengths) or only.lower() not in model.name.lower():
             continue

@@ -23,7 +23,7 @@ float32, float64; key_weight may also have another one of these, or bool.
 |---|---|---|
 | `"none"` | absent: no division | takes no q_norm, k_norm |
 | `"add"` | z + eps | eps may be 0 |
-| `"clamp"` | max(z, eps) | the gradient of z is zero where z < eps |
+| `"clamp"` | max(z, eps) | the gradient of z is zero where z < eps; at z = eps as torch.clamp's |
 
 `upcast=True`: the formula was written in float32 although inputs and result have 16 bit, so only
 the result may be rounded. `out_dtype` defaults to the inputs' dtype; 16-bit inputs with a float32

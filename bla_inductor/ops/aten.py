@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from bla_inductor.compat import clamp_is_flat_at_its_bounds
 from bla_inductor.ops.feature_torch import apply, gradient
 from bla_inductor.ops.layout import empty_dense, key_batch, known, reduce_batch
 from bla_inductor.ops.schema import Gradients, Inputs
@@ -155,7 +156,8 @@ def backward(call: Gradients) -> list[Tensor | None]:
     if needs_query_norm or needs_key_sum:
         dz = (t * query).sum(-1, keepdim=True) * (-x.norm_scale) / den
         if x.normalizer == "clamp":
-            dz = torch.where(z >= x.eps, dz, 0.0)
+            above = z > x.eps if clamp_is_flat_at_its_bounds() else z >= x.eps
+            dz = torch.where(above, dz, 0.0)
     if needs_query_norm:
         target = x.q if x.q_norm is None else x.q_norm
         dquery_norm = reduce_batch(dz * call.key_sum.unsqueeze(-2), target.shape[:-2])

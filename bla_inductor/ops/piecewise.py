@@ -285,12 +285,20 @@ def _differentiate(ctx: Any, do: Tensor, _: Tensor | None) -> tuple[Tensor, ...]
     return _backward(do, *ctx.saved_tensors, block_size=ctx.block_size, scale=ctx.scale)
 
 
+def _no_second(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    raise RuntimeError(
+        f"{_OP}: a second derivative was asked for, and the approximation has none. Compute the "
+        "exact attention for it, without the option 'approximate'."
+    )
+
+
 torch.library.register_fake("bla::piecewise_sparse_attention", _attention_fake, lib=lib)
 torch.library.register_fake("bla::piecewise_sparse_attention_forward", _forward_fake, lib=lib)
 torch.library.register_fake("bla::piecewise_sparse_attention_backward", _backward_fake, lib=lib)
 torch.library.register_autograd(
     "bla::piecewise_sparse_attention_forward", _differentiate, setup_context=_setup, lib=lib
 )
+torch.library.register_autograd("bla::piecewise_sparse_attention_backward", _no_second, lib=lib)
 lib.impl("piecewise_sparse_attention", _attention_autograd, "Autograd")
 lib.impl("piecewise_sparse_attention", _attention, "CompositeExplicitAutograd")
 lib.impl("piecewise_sparse_attention_forward", _forward_aten, "CompositeExplicitAutograd")

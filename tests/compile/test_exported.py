@@ -11,7 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export, unflatten
 from torch.utils.checkpoint import checkpoint
 
-from bla_inductor import BlaNoMatchError, BlaOptionError, Report, backend, rewrite_exported
+from bla_inductor import (
+    BlaNoMatchError,
+    BlaOptionError,
+    Report,
+    backend,
+    rewrite_exported,
+    verify,
+)
 from tests.counted import counted
 from tests.numerics import assert_within_budget
 
@@ -161,6 +168,38 @@ def test_strict_and_options_that_do_not_exist() -> None:
         rewrite_exported(program, {"strct": True})
     with pytest.raises(BlaOptionError, match="max_autotune"):
         rewrite_exported(program, {"max_autotune": True})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "instead"),
+    [
+        ("verify", "first", r"bla_inductor\.verify\(program\.module\(\), \*args\)"),
+        ("inner", "inductor", "where the result is compiled"),
+        ("mode", "max-autotune", "aoti_compile_and_package"),
+    ],
+)
+def test_options_for_torch_compile_say_what_to_do_instead(option, value, instead, monkeypatch):
+    program = export(Call(attention), tensors())
+    told = rf"^option {option}='{value}' is for torch\.compile\. .*{instead}.* strict, rewrite"
+    with pytest.raises(BlaOptionError, match=told) as caught:
+        rewrite_exported(program, {option: value})
+    assert (caught.value.key, caught.value.got) == (option, value)
+    assert operators(rewrite_exported(program, {"verify": None, "mode": None})) == [OPERATOR]
+    monkeypatch.setenv(f"BLA_{option.upper()}", value)
+    assert operators(rewrite_exported(program)) == [OPERATOR]
+
+
+def test_what_to_do_instead_of_verify() -> None:
+    found = verify(export(Call(attention), tensors()).module(), *tensors())
+    assert found.check().comparisons
+    assert len(found.report.matches) == 1
+
+
+def test_an_approximation() -> None:
+    softmax = Call(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v)
+    program = export(softmax, (torch.rand(1, 160, 8),) * 3)
+    rewritten = rewrite_exported(program, {"approximate": {"pisa": {"block_size": 16}}})
+    assert operators(rewritten) == ["bla.piecewise_sparse_attention.default"]
 
 
 def test_a_failure_of_ours_leaves_the_program_as_it_was(monkeypatch, caplog) -> None:

@@ -1,6 +1,7 @@
 """Transforms over a compiled model and inside one: derivatives of higher order, forward mode, vmap.
 
-Each works through decompositions, or is refused by one error that says what to do.
+Each works through decompositions, or is refused by one error that says what to do. Second
+derivatives by `create_graph` are in test_double_backward.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwad
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from bla_inductor import BlaNoMatchError
@@ -149,24 +149,6 @@ def test_beside_a_transform() -> None:
         return attention(*args) + vmap(attention)(*args)
 
     torch.testing.assert_close(compiled(both)(*inputs()), both(*inputs()))
-
-
-def second(function: Function) -> tuple[Tensor, ...]:
-    leaves = [x.requires_grad_() for x in inputs()]
-    first = torch.autograd.grad(loss(function)(*leaves), leaves, create_graph=True)
-    return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-
-def test_second_derivatives_need_the_graph_to_run_eagerly() -> None:
-    """AOTAutograd has none; the operator has, so that nothing but the inner compiler is in the way.
-    The README says so.
-    """
-    with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        second(compiled(attention))
-    torch._dynamo.reset()
-    counters.clear()
-    torch.testing.assert_close(second(compiled(attention, "eager")), second(attention))
-    assert counted()["matched"] == 1
 
 
 def test_second_derivatives_inside_a_compiled_function() -> None:

@@ -37,6 +37,7 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 CHOICES: dict[str, tuple[Any, ...]] = {
     "layout": ("bhnd", "bnhd", "merged", "packed", "image"),
+    "inferred": (False, True),  # the number of heads, -1 where they are split
     "q_map": tuple(FEATURE_MAPS),
     "k_map": ("same", *FEATURE_MAPS),
     "heads": ("all", "one k", "one k v", "repeated"),
@@ -77,6 +78,7 @@ class Program:
     """Choices by name, and the sizes."""
 
     layout: str
+    inferred: bool
     q_map: str
     k_map: str
     heads: str
@@ -145,6 +147,8 @@ def programs(draw: st.DrawFn, kinds: tuple[str, ...] = ()) -> Program:
         chosen["frozen"] = "nothing"
     if chosen["heads"] == "repeated":
         sizes["H"] = 2 * sizes["H"]
+        if chosen["dynamic"] != "no":  # one symbolic quotient is not known as twice the other
+            chosen["inferred"] = False
     if chosen["after"] == "residual":  # adds q to the result
         sizes["Dv"] = sizes["D"]
     return Program(**chosen, **sizes, N=n, M=m, near_miss=near_miss)
@@ -227,20 +231,19 @@ def _heads(p: Program, x: Tensor, heads: int, channels: int) -> Tensor:
     if p.layout == "bnhd":
         return x.transpose(1, 2)
     if p.layout == "merged":
-        # Nothing says that two symbolic quotients are one number of heads.
-        count = -1 if p.heads == "all" and p.Dv == p.D and p.H > 1 else heads
-        return x.unflatten(-1, (count, channels)).transpose(1, 2)
+        return x.unflatten(-1, (-1 if p.inferred else heads, channels)).transpose(1, 2)
     return x
 
 
 def _operands(p: Program, given: list[Tensor]) -> list[Tensor]:
+    count = -1 if p.inferred else p.H
     if p.layout == "packed":
         x = given.pop(0)
-        packed = x.reshape(x.shape[0], x.shape[1], 3, p.H, p.D)
+        packed = x.reshape(x.shape[0], x.shape[1], 3, count, p.D)
         return list(packed.permute(2, 0, 3, 1, 4).unbind(0))
     if p.layout == "image":
         parts = given.pop(0).flatten(2).chunk(3, dim=1)
-        return [x.unflatten(1, (p.H, p.D)).transpose(-1, -2) for x in parts]
+        return [x.unflatten(1, (count, p.D)).transpose(-1, -2) for x in parts]
     k_heads, v_heads = _key_heads(p)
     sizes = (p.H, p.D), (k_heads, p.D), (v_heads, p.Dv)
     return [_heads(p, given.pop(0), heads, channels) for heads, channels in sizes]

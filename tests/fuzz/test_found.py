@@ -133,6 +133,18 @@ def test_one_head_of_keys_is_a_symbolic_quotient(heads):
     assert len(run(function, q, k, v, dynamic=True).report.matches) == 1
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_numbers_of_heads_are_quotients_of_chunks(heads):
+    """The last chunk is what the others leave, and its number of heads a difference."""
+
+    def function(x):
+        q, k, v = (part.unflatten(1, (-1, 2)).mT for part in x.flatten(2).chunk(3, dim=1))
+        return q.exp() @ (k.exp().mT @ v)
+
+    x = torch.randn(2, 3 * heads * 2, 1, 7, dtype=torch.float64, requires_grad=True)
+    assert len(run(function, x, dynamic=True).report.matches) == 1
+
+
 def test_sizes_of_what_is_inside_are_no_readers():
     """With dynamic sizes, `out.shape` is a node that kept numerator and features outside."""
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
-from torch.export import Dim, export
-
-from bla_inductor import rewrite_exported
-from tests.numerics import assert_within_budget
 
 pytestmark = pytest.mark.gpu
 
@@ -19,11 +18,6 @@ pytestmark = pytest.mark.gpu
 def attention(q, k, v):
     q, k = F.elu(q) + 1, F.elu(k) + 1
     return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1) + 1e-6)
-
-
-class Attention(torch.nn.Module):
-    def forward(self, q, k, v):
-        return attention(q, k, v)
 
 
 def tensors(n: int = 1024, grad: bool = True) -> list[torch.Tensor]:
@@ -55,16 +49,14 @@ def test_a_replayed_graph_computes_what_eager_kernels_do(training: bool) -> None
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="AOTInductor needs the CUDA toolkit")
 def test_a_package_of_aot_inductor(tmp_path) -> None:
-    """The package calls the kernels; one of symbolic length."""
-    n = Dim("n", min=16, max=65536)
-    shapes = {"q": {2: n}, "k": {2: n}, "v": {2: n}}
-    program = export(Attention(), tuple(tensors(grad=False)), dynamic_shapes=shapes)
-    rewritten = rewrite_exported(program, {"strict": True})
-    path = torch._inductor.aoti_compile_and_package(
-        rewritten, package_path=str(tmp_path / "package.pt2")
-    )
-    run = torch._inductor.aoti_load_package(path)
-    for length in (1024, 700):
-        args = tensors(length, grad=False)
-        exact = attention(*(x.double() for x in args))
-        assert_within_budget("output", run(*args), attention(*args), exact)
+    """The package calls the kernels. In processes of its own, which a broken one would end."""
+
+    def packaged(what: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.gpu.aot_package", what, str(tmp_path / what)]
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    done = packaged("bla")
+    if done.returncode and packaged("plain").returncode:
+        pytest.skip("AOTInductor's package of a model without bla fails here as well")
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -180,3 +180,13 @@ def test_wrong_dtypes():
         attention(q, k.half(), v, density=0.5, block_size=16)
     with pytest.raises(TypeError, match=r"'q' has dtype torch\.int64"):
         attention(q.long(), k.long(), v.long(), density=0.5, block_size=16)
+
+
+def test_there_is_no_second_derivative():
+    leaves = [torch.randn(1, 1, 32, 16, requires_grad=True) for _ in range(3)]
+    out = torch.ops.bla.piecewise_sparse_attention(
+        *leaves, density=0.5, block_size=16, approximate_training=True
+    )
+    grads = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivative.*without the option 'approximate'"):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)

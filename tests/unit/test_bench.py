@@ -59,6 +59,18 @@ def test_what_it_cannot_do_it_says(tmp_path, arguments, said) -> None:
         bench(tmp_path, *arguments)
 
 
+def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(case, *arguments):
+        yield command.Row(case.name, "", case.N, "", "", "forward", "torch")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_case", interrupted)
+    assert bench(tmp_path, "--providers", "torch") == 0
+    (file,) = tmp_path.glob("*.csv")
+    assert len(list(read_csv(file))) == 1
+    assert "interrupted after 1 rows" in capsys.readouterr().out
+
+
 def test_floor() -> None:
     """Forward 4 units, backward 7, where a unit is one q-sized tensor."""
     unit = 8 * 16 * 1024 * 64 * 2
@@ -82,3 +94,17 @@ def test_models(tmp_path, monkeypatch) -> None:
     rows = read_csv(file)
     assert [r["run"] for r in rows] == ["inference", "training step"]
     assert all(0 < float(r["inaccuracy"]) <= 1 for r in rows)
+
+
+def test_compilations_are_timed_after_the_first_of_the_process(tmp_path, monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(
+        models.torch, "compile", lambda f, backend, **_: (compiled.append(backend), f)[1]
+    )
+    small = models._zoo("mlla", "LinearAttention", 8, 2, shape=(1, 2, 3, 8))
+    monkeypatch.setattr(models, "MODELS", [models.Model("MLLA", 6, small, torch.float32)])
+    common = ["--device", "cpu", "--out", str(tmp_path), "--no-plot", "--fresh"]
+    assert main(["bench", "models", *common, "--providers", "inductor,bla"]) == 0
+    assert compiled == ["inductor", "bla"] * 2
+    (file,) = tmp_path.glob("*.csv")
+    assert [bool(r["note"]) for r in read_csv(file)] == [False, True] * 2

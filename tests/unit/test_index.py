@@ -4,12 +4,17 @@ import itertools
 
 import pytest
 import sympy
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from bla_inductor.algebra.index import (
     Index,
     Inexpressible,
+    as_size,
     axis_size,
     equal,
     product,
@@ -57,6 +62,19 @@ def test_refine_splits_both_sides() -> None:
     right = substitute_axes(((c, d),), to_right)[0]
     assert left == right
     assert [i.size for i in left] == [2, 2, 6]
+
+
+def test_sizes_are_told_anew_when_torch_learns_that_they_are_equal() -> None:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    one, other = (
+        mode.from_tensor(torch.empty(size), source=ConstantSource(f"x{size}"), static_shapes=False)
+        for size in (12, 18)
+    )
+    a, b = one.shape[0] // 4, other.shape[0] // 6
+    assert as_size(a) != as_size(b)
+    assert not equal(as_size(a), as_size(b))
+    assert a == b  # which is a guard
+    assert as_size(a) == as_size(b)
 
 
 def test_refine_keeps_equal_indices_of_the_left() -> None:
