@@ -42,19 +42,23 @@ def _warps(d: int, v: int, precision: str) -> int:
     return 4 if d * v <= 4096 and precision != "ieee" else 8
 
 
-@cache
+IN_TWO_PIECES = (torch.bfloat16,)
+
+
 def in_two_pieces(
-    kernel: str, D: int, DV: int, DN: int, precision: str, capability: int
+    kernel: str, dtype: torch.dtype, D: int, DV: int, DN: int, precision: str, capability: int
 ) -> Tile | None:
     """The tile of the backward's "query" or "key" pass in two pieces of D, where that is faster
-    than D padded: measured on an H100 at 72, 80 and 96.
+    than D padded: measured on an H100 at 72, 80 and 96, where fp16, with its factors, is slower.
     """
-    rest = block(D - 64)
     if not D == DV == DN or not 64 < D <= 96 or precision != "native" or capability != 9:
+        return None
+    rest = block(D - 64)
+    if dtype not in IN_TWO_PIECES or (kernel == "query" and rest > 16):
         return None
     if kernel == "key":
         return Tile(128, 64, 64, 64, 8, 3, 1, rest)
-    return Tile(64, 64, 64, 64, 4, 3, 2, rest) if rest == 16 else None
+    return Tile(64, 64, 64, 64, 4, 3, 2, rest)
 
 
 @cache
@@ -95,7 +99,7 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
         if d == 256:
             return Tile(64, d, v, block(DN), 8, 1, 2)
         if max(d, v, block(DN)) <= 32:
-            return Tile(256, d, v, block(DN), 8, 3, 1)
+            return Tile(128, d, v, block(DN), 8, 3, 2)
         if d * v <= 4096:
             return Tile(128, d, v, block(DN), 8, 3, 16)
         if capability < 9:
@@ -105,6 +109,8 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
         return Tile(64, d, v, block(DN), 4, 3, 2)
     if precision == "parts":
         return Tile(64, d, min(v, 64), block(DN), 4 if capability >= 9 else 8, 2, 2)
+    if precision == "split" and max(d, v, block(DN)) <= 32:
+        return Tile(128, d, v, block(DN), 8, 3, 2)
     v = min(v, 64, (4096 if precision == "split" else 8192) // d)
     if precision == "ieee":
         rows = 32 * 64 // max(64, d)
@@ -139,7 +145,7 @@ def key_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> 
     d, v = block(D), block(DV)
     if precision == "native":
         if d * v <= 1024:
-            return Tile(64, d, v, block(DN), 4, 4, 1)
+            return Tile(128, d, v, block(DN), 8, 3, 2)
         if d * v <= 4096:
             return Tile(64, d, v, block(DN), 8, 4, 4)
         if capability < 9:

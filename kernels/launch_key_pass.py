@@ -29,7 +29,7 @@ def key_pass(
     sizes = D, DV, DN, precision, heuristics.capability(k.device)
     tile = heuristics.key_pass_tile(*sizes)
     if k_norm is None and key_weight is None and maps[0].elementwise:
-        tile = heuristics.in_two_pieces("key", *sizes) or tile
+        tile = heuristics.in_two_pieces("key", k.dtype, *sizes) or tile
     operands = Batch(
         dstate.shape[:-2],
         (k, v, k_norm, launching.weight_column(key_weight), dstate, dsum),

@@ -46,7 +46,7 @@ def query_pass(
     sizes = D, DV, DN, precision, capability
     tile = heuristics.query_pass_tile(*sizes)
     if q_norm is None and maps[0].elementwise:
-        tile = heuristics.in_two_pieces("query", *sizes) or tile
+        tile = heuristics.in_two_pieces("query", q.dtype, *sizes) or tile
     weights = None
     if any(needs) and not fused:
         weights = _token_weights(q, batch, numbers)

@@ -22,7 +22,7 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
     sizes = D, DV, DN, precision, heuristics.capability(call.device)
     tile = heuristics.key_pass_tile(*sizes)
     if x.k_norm is None and x.key_weight is None and not has_rows(call.maps["k"]):
-        tile = heuristics.in_two_pieces("key", *sizes) or tile
+        tile = heuristics.in_two_pieces("key", call.dtype, *sizes) or tile
     operands = Operands(
         batch,
         {

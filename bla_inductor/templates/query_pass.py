@@ -39,7 +39,7 @@ def query_pass(
     sizes = D, DV, DN, precision, capability
     tile = heuristics.query_pass_tile(*sizes)
     if x.q_norm is None and not has_rows(call.maps["q"]):
-        tile = heuristics.in_two_pieces("query", *sizes) or tile
+        tile = heuristics.in_two_pieces("query", call.dtype, *sizes) or tile
     wanted_sums = _sums_needed(call, wanted)
     tensors: dict[str, Any] = {
         "DO": (do, 2),
