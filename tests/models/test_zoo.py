@@ -9,6 +9,7 @@ import contextlib
 import pathlib
 import re
 import types
+from ast import literal_eval
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from zoo.focused_la import FocusedLinearAttention
 from zoo.linear_attn import linear_attn, simple_la
 from zoo.mlla import LinearAttention, MLLABlock
@@ -234,3 +236,19 @@ def test_the_table_names_every_model() -> None:
     for name, matches in rows:
         if name in expected:
             assert matches.startswith(expected[name])
+
+
+def test_no_operand_of_a_product_has_its_batch_innermost() -> None:
+    """As Inductor lays 4-dim tensors out near a convolution, heads as channels: then bmm copies
+    its operands matrix by matrix (a training step of RALA's on a CPU took 7 % longer).
+    """
+    model, x = RankAugmentedLinearAttention(16, 2), torch.randn(2, 16, 6, 6)
+    run = torch.compile(model, backend="bla", options={"fx_graph_cache": False}, fullgraph=True)
+    _, codes = run_and_get_code(lambda: run(x).square().sum().backward())
+    assert sum(code.count("extern_kernels.bmm(") for code in codes) == 6
+    buffers = re.findall(r"empty_strided_cpu\((\(.*?\)), (\(.*?\)),", "".join(codes))
+    matrices = [
+        (n, s) for n, s in (map(literal_eval, b) for b in buffers) if len(n) == 3 and min(n) > 1
+    ]
+    assert matrices
+    assert not [(n, s) for n, s in matrices if s[0] < max(s[1:])]
