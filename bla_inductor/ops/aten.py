@@ -39,6 +39,15 @@ def dense(x: Tensor, dtype: torch.dtype, order: Sequence[int] | None) -> Tensor:
     return x if x.dtype == dtype and x.stride() == out.stride() else out.copy_(x)
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """As torch.matmul, which is traced with an `expand` that does nothing before each `bmm`: enough
+    for AOTAutograd not to see that an operand is in memory anyway, and to keep another one.
+    """
+    if a.dim() == b.dim() == 3 and known(a.shape[0] == b.shape[0]):
+        return torch.bmm(a, b)
+    return torch.matmul(a, b)
+
+
 def _query(x: Inputs) -> Tensor:
     return apply(x.q_map, x.q.to(accumulation_dtype(x.q.dtype)))
 
@@ -84,7 +93,7 @@ def key_statistics(x: Inputs) -> tuple[Tensor, Tensor]:
 def _statistics(x: Inputs, key: Tensor) -> tuple[Tensor, Tensor]:
     weighted = _times(key, _weight(x, key.dtype))
     batch = key_batch(x.k, x.v, x.k_norm, x.key_weight)
-    state = torch.matmul(weighted.mT, x.v.to(key.dtype))
+    state = _matmul(weighted.mT, x.v.to(key.dtype))
     state = state.expand(*batch, *state.shape[-2:]).contiguous()
     if not x.normalized:
         return state, state.new_empty(0)
@@ -106,15 +115,15 @@ def forward(x: Inputs, *, keep_state: bool) -> tuple[Tensor, Tensor | None, Tens
     # With symbolic sizes, where neither is known to be cheaper, the state is formed first.
     if keep_state or not known((n + m) * d * dv > n * m * (d + dv)):
         state, key_sum = _statistics(x, key)
-        out = torch.matmul(query, state)
+        out = _matmul(query, state)
     else:
         weighted = _times(key, _weight(x, key.dtype))
-        out = torch.matmul(torch.matmul(query, weighted.mT), x.v.to(key.dtype))
+        out = _matmul(_matmul(query, weighted.mT), x.v.to(key.dtype))
         if x.normalized:
             key_sum = _key_sum(x, key, weighted)
     if x.normalized:
         assert key_sum is not None
-        z = torch.matmul(_query_norm(x, query), key_sum.unsqueeze(-1))
+        z = _matmul(_query_norm(x, query), key_sum.unsqueeze(-1))
         out = out / _divisor(_guarded(z * x.norm_scale, x.normalizer, x.eps), x.scale)
     elif x.scale != 1.0:
         out = out * x.scale
@@ -144,13 +153,13 @@ def backward(call: Gradients) -> list[Tensor | None]:
     dquery = dquery_norm = dkey = dkey_norm = dvalue = dweight = None
 
     if x.normalized:
-        z = torch.matmul(query_norm, call.key_sum.unsqueeze(-1)) * x.norm_scale
+        z = _matmul(query_norm, call.key_sum.unsqueeze(-1)) * x.norm_scale
         den = _guarded(z, x.normalizer, x.eps)
         g = g / _divisor(den, x.scale)
     elif x.scale != 1.0:
         g = g * x.scale
     if needs[0] or needs_query_norm or needs_key_sum:
-        t = torch.matmul(g, call.state.mT)
+        t = _matmul(g, call.state.mT)
         if needs[0]:
             dquery = reduce_batch(t, x.q.shape[:-2])
     if needs_query_norm or needs_key_sum:
@@ -163,11 +172,11 @@ def backward(call: Gradients) -> list[Tensor | None]:
         dquery_norm = reduce_batch(dz * call.key_sum.unsqueeze(-2), target.shape[:-2])
     if needs[1] or needs[2] or needs_weight:
         batch = key_batch(x.k, x.v, None, x.key_weight)
-        dstate = reduce_batch(torch.matmul(query.mT, g), batch)
+        dstate = reduce_batch(_matmul(query.mT, g), batch)
         if needs[2]:
-            dvalue = reduce_batch(torch.matmul(_times(key, weight), dstate), x.v.shape[:-2])
+            dvalue = reduce_batch(_matmul(_times(key, weight), dstate), x.v.shape[:-2])
         if needs[1] or needs_weight:
-            u = torch.matmul(x.v.to(acc), dstate.mT)
+            u = _matmul(x.v.to(acc), dstate.mT)
         if needs[1]:
             dkey = reduce_batch(_times(u, weight), x.k.shape[:-2])
         if needs_weight:

@@ -312,7 +312,7 @@ def test_a_report_that_cannot_be_told(path: str, strict: bool, caplog: Any) -> N
     torch.autocast_decrement_nesting()
 
 
-PACKING = [("_pack", 1), ("_part", 2), ("_end_and_places", 1), ("_rewrite", 1), ("_value", 12)]
+PACKING = [("_pack", 1), ("_part", 2), ("_end_and_places", 1), ("_rewrite", 1), ("value", 12)]
 
 
 @pytest.mark.parametrize(("name", "call"), PACKING)

@@ -303,7 +303,7 @@ def test_splits_of_the_sequence(d, normalizer, monkeypatch):
 
     monkeypatch.setattr(heuristics, "divide_rows", split_in_three)
     in_several_launches(monkeypatch)
-    tensors, do = inputs(200, 180, d, 24, fp16)
+    tensors, do = inputs(190, 180, d, 24, fp16)
     check(tensors, do, normalizer=normalizer)
     assert max(seen) == 3
 
