@@ -163,7 +163,8 @@ def test_the_graph_before_keeps_its_own_error() -> None:
     with pytest.raises(BlaDoubleBackwardError, match=r"model\.py:7"):
         gradient.sum().backward(retain_graph=True)
     (gradient,) = torch.autograd.grad(made.sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not currently support double") as caught:
+    # torch 2.11 did not record the backward of such a graph.
+    with pytest.raises(RuntimeError, match=r"support double|does not require grad") as caught:
         gradient.sum().backward()
     assert not isinstance(caught.value, BlaDoubleBackwardError)
 
