@@ -147,6 +147,9 @@ def test_where_nothing_was_rewritten_the_error_is_torchs() -> None:
     assert not isinstance(caught.value, BlaDoubleBackwardError)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="its AOTAutograd records no backward through two graphs"
+)
 def test_the_graph_before_keeps_its_own_error() -> None:
     """Its result is an input of the rewritten graph, which returns it before its own."""
     before = compiled(lambda q: q.sin(), rewrite="off")
@@ -163,8 +166,7 @@ def test_the_graph_before_keeps_its_own_error() -> None:
     with pytest.raises(BlaDoubleBackwardError, match=r"model\.py:7"):
         gradient.sum().backward(retain_graph=True)
     (gradient,) = torch.autograd.grad(made.sum(), q, create_graph=True)
-    # torch 2.11 did not record the backward of such a graph.
-    with pytest.raises(RuntimeError, match=r"support double|does not require grad") as caught:
+    with pytest.raises(RuntimeError, match="does not currently support double") as caught:
         gradient.sum().backward()
     assert not isinstance(caught.value, BlaDoubleBackwardError)
 
