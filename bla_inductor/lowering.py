@@ -19,7 +19,7 @@ from bla_inductor.compat import register_decompositions
 from bla_inductor.lowering_cuda import OPERATORS, lowering
 from bla_inductor.ops import aten
 from bla_inductor.ops.layout import known
-from bla_inductor.ops.schema import Gradients, Inputs, gradients
+from bla_inductor.ops.schema import TENSORS, Gradients, Inputs, gradients
 
 __all__ = ["register"]
 
@@ -68,20 +68,18 @@ def _folded(x: Inputs, *others: Tensor) -> tuple[Inputs, list[int]]:
     matrices = [t for t in x.tensors[:5] if t is not None]
     shapes = [list(t.shape[:-2]) for t in (*matrices, *others)]
     shapes += [] if x.key_weight is None else [list(x.key_weight.shape[:-1])]
-    same = all(len(s) == len(batch) and all(map(_equal, s, batch)) for s in shapes)
+    same = all(
+        len(s) == len(batch) and all(known(a == b) for a, b in zip(s, batch, strict=True))
+        for s in shapes
+    )
     if len(batch) < 2 or not same:
         return x, []
-    names = ("q", "k", "v", "q_norm", "k_norm", "key_weight")
     flat: dict[str, Any] = {
         name: t.flatten(0, len(batch) - 1)
-        for name, t in zip(names, x.tensors, strict=True)
+        for name, t in zip(TENSORS, x.tensors, strict=True)
         if t is not None
     }
     return replace(x, **flat), batch
-
-
-def _equal(a: int, b: int) -> bool:
-    return known(a == b)
 
 
 def _unfolded(x: Tensor | None, batch: list[int]) -> Tensor | None:

@@ -24,7 +24,15 @@ from torch import Tensor, fx
 from bla_inductor.failures import warn_once
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
-from bla_inductor.slices import VIEWS, Inexpressible, moved, permutation, to_contiguous, value
+from bla_inductor.slices import (
+    VIEWS,
+    Inexpressible,
+    moved,
+    only_user,
+    permutation,
+    to_contiguous,
+    value,
+)
 from bla_inductor.undo import Snapshot
 
 __all__ = ["pack_gradients"]
@@ -96,14 +104,10 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
 def _part(number: int, gradient: fx.Node) -> _Part | None:
     views: list[fx.Node] = []
     node = gradient
-    while (user := _only_user(node)) is not None and user.target in _LAYOUT:
+    while (user := only_user(node)) is not None and user.target in _LAYOUT:
         views.append(user)
         node = user
     if user is None:
@@ -151,7 +155,7 @@ def _top(part: _Part) -> fx.Node:
     node = part.entry
     if node.target is aten.cat.default:
         return node
-    while (user := _only_user(node)) is not None and user.target is aten.add.Tensor:
+    while (user := only_user(node)) is not None and user.target is aten.add.Tensor:
         if user.kwargs:
             break
         node = user

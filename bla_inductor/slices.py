@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["VIEWS", "Inexpressible", "Slice", "moved", "permutation", "to_contiguous", "value"]
+__all__ = [
+    "VIEWS",
+    "Inexpressible",
+    "Slice",
+    "moved",
+    "only_user",
+    "permutation",
+    "to_contiguous",
+    "value",
+]
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -49,7 +58,7 @@ def to_contiguous(top: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     """
     views: list[fx.Node] = []
     node = top
-    while (user := _only_user(node)) is not None and user.target in (*VIEWS, aten.permute.default):
+    while (user := only_user(node)) is not None and user.target in (*VIEWS, aten.permute.default):
         views.append(user)
         node = user
     if user is not None and user.target is aten.clone.default and value(user).is_contiguous():
@@ -57,7 +66,7 @@ def to_contiguous(top: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     return [], top
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 

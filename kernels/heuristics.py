@@ -66,8 +66,8 @@ def state_tile(
     D: int, DV: int, DN: int, precision: str, capability: int, plain: bool = True
 ) -> Tile:
     """`state_kernel`: accumulator BLOCK_D × BLOCK_V; on sm_100 it passes through tensor memory and
-    registers both. plain: nothing else takes registers, such as weights, a k' of its own, exact
-    sums or tiles read along the rows.
+    registers both. plain: neither weights, nor a k' of its own, nor exact sums, which take
+    registers.
     """
     d, v = block(D), block(DV)
     if precision == "native":

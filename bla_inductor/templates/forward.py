@@ -179,8 +179,7 @@ def statistics(
     D, DV = static(k.get_size()[-1]), static(v.get_size()[-1])
     DN = static((k if k_norm is None else k_norm).get_size()[-1])
     M, normalized = k.get_size()[-2], norm != "none"
-    light = not exact and k_norm is None
-    plain = light and arguments.weight_kind(weights[0]) != "float"
+    plain = not exact and k_norm is None and arguments.weight_kind(weights[0]) != "float"
     tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device), plain)
     tiles = -(-DV // tile.BLOCK_V)
     count = arguments.product(batch)
