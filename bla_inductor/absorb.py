@@ -93,7 +93,11 @@ class _Gatherer:
         everything = {"q", "k", "q_norm", "k_norm"}
         weighted = self._build(everything, weights=True)
         if weighted is not None:
-            return self._settled(weighted, weights=True)
+            made = self._settled(weighted, weights=True)
+            # A product is computed anyway, there the weight costs nothing; its gradient, as a
+            # weight, would cost the backward a pass.
+            if made.k.map is not None or len(made.k.factors) == 1:
+                return made
         return self._settled(self._build(everything, weights=False))
 
     def _settled(self, made: Gathered | None, *, weights: bool = False) -> Gathered:

@@ -82,8 +82,12 @@ def state_tile(
         if max(d, v, block(DN)) <= 16:
             return Tile(128, d, v, block(DN), 2, 3, 8)
         if max(d, v, block(DN)) <= 32:
+            if capability == 9:
+                return Tile(64, d, v, block(DN), 2, 3, 4)
             return Tile(256, d, v, block(DN), 4, 2, 2)
         if d * v <= 4096:
+            if capability == 9 and D < 64:
+                return Tile(64, d, v, block(DN), 4, 3, 2)
             return Tile(128, d, v, block(DN), 8, 2, 2)
         if capability < 9:
             return Tile(64, d, min(v, 64), block(DN), 8, 3, 1)
@@ -108,8 +112,10 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
         if max(d, v, block(DN)) <= 16:
             return Tile(128, d, v, block(DN), 4, 3, 4)
         if max(d, v, block(DN)) <= 32:
-            return Tile(128, d, v, block(DN), 8, 3, 2)
+            return Tile(64, d, v, block(DN), 4, 3, 4)
         if d * v <= 4096:
+            if capability == 9 and D < 64:
+                return Tile(64, d, v, block(DN), 4, 3, 16)
             return Tile(128, d, v, block(DN), 8, 3, 16)
         if capability < 9:
             return Tile(64, d, min(v, 64), block(DN), 8, 2, 2)
@@ -145,6 +151,8 @@ def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -
             if not fused_query_pass(D, DV, precision, capability) or capability < 9:
                 return Tile(32, d, v, block(DN), 8, 2, 2)
             return Tile(64, d, v, block(DN), 8 if precision == "pair" and d > 32 else 4, 3, 2)
+        if capability == 9 and max(D, DV) <= 96:  # 128 would spill
+            return Tile(16, d, v, block(DN), 4, 3, 2)
         return Tile(32, d, v, block(DN), 8, 3, 1)
     return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 

@@ -203,6 +203,20 @@ def test_key_weights_move_in(kind) -> None:
     assert "w[b,m]" in str(made.report)
 
 
+def test_a_weight_of_keys_that_are_a_product_stays_with_them() -> None:
+    """As in FLatten: they are computed outside anyway, where one factor more costs nothing."""
+
+    def focused(x):
+        x = F.relu(x) + EPS
+        cubes = x**3
+        return cubes / cubes.norm(dim=-1, keepdim=True) * x.norm(dim=-1, keepdim=True)
+
+    made = run(lambda q, k, v: attention(focused(q), focused(k), v), tensors())
+    assert made.argument("key_weight") is None
+    assert made.maps() == {}
+    assert made.targets.count("<built-in function mul>") == 2
+
+
 def test_two_key_weights_are_one() -> None:
     def model(q, k, v, a, b):
         k = (F.elu(k) + 1) * a[:, None, :, None] * b[None, :, :, None]
