@@ -1,7 +1,6 @@
 """From a match to nodes: which tensors are the operands, in what layout, in what dtype.
 
-`Plan.make` decides and changes nothing; `Plan.emit` writes the nodes. Either raises `Unemittable`
-with a reason.
+A plan changes nothing; call.py writes the nodes. Either raises `Unemittable` with a reason.
 """
 
 from __future__ import annotations
@@ -15,19 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
-import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
 from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
 from bla_inductor.algebra import Axes, Axis, Index, Observation, Read, Term, Value, product
 from bla_inductor.cost import KERNEL_LIMIT, Problem
-from bla_inductor.emit import Emitter, Unemittable, grouped, memory_order
+from bla_inductor.emit import Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Operand, Piece, Source
-from bla_inductor.ops.layout import known, readable
+from bla_inductor.ops.layout import known
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.report import Location
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "is_differentiated"]
 
-aten = torch.ops.aten
 _INDIFFERENT = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -121,7 +118,7 @@ class Plan:
                     f"`{node}` is modified in place after it was read; "
                     "write it out of place (x = x + y instead of x += y)"
                 )
-            if _is_differentiated(self.root) and seen.written(node, at):
+            if is_differentiated(self.root) and seen.written(node, at):
                 raise Unemittable(
                     f"`{node}` is modified in place later, and its gradient needs it as it was; "
                     "write it out of place (x = x + y instead of x += y)"
@@ -148,7 +145,7 @@ class Plan:
             alive=self._alive(seen),
             device=seen.tensors[self.root].device.type,
             itemsize=self.compute_dtype.itemsize,
-            gradients=_is_differentiated(self.root),
+            gradients=is_differentiated(self.root),
             upcast=self.upcast,
             copied=len(apart),
             inputs_copied=sum(n in passed and _is_given(passed[n], seen) for n in apart),
@@ -189,52 +186,6 @@ class Plan:
         reads = [f for f in term.factors if isinstance(f, Read) and f.leaf is k.leaf]
         return bool({i for f in reads for at in places for i in f.axes[at]} & set(term.bound))
 
-    def emit(self, emitter: Emitter, seen: Observation) -> fx.Node:
-        """Write the operator and what surrounds it; the node that takes the place of `root`."""
-        nodes = {name: self._operand(emitter, o) for name, o in self.distinct().items()}
-        kwargs: dict[str, Any] = {"scale": self._scale(emitter, self.found.scale, "q", "k", "v")}
-        if (z := self.found.normaliser) is not None:
-            kwargs["normalizer"] = z.kind
-            kwargs["norm_scale"] = self._scale(emitter, z.scale, "q_norm", "k_norm")
-            kwargs["eps"] = emitter.number(z.eps)
-        if self.dtype != self.compute_dtype:
-            kwargs["out_dtype"] = self.dtype
-        if self.upcast:
-            kwargs["upcast"] = True
-        if self.out_order is not None:
-            kwargs["out_order"] = list(self.out_order)
-        for name in ("q_norm", "k_norm"):
-            if name in nodes:
-                kwargs[name] = nodes[name]
-        for name, operand in self.distinct().items():
-            if operand.map is not None:
-                kwargs[f"{name}_map"] = operand.map.text
-        if (weight := self.gathered.weight) is not None:
-            kwargs["key_weight"] = self._weight(emitter, weight)
-        result = emitter.call(
-            torch.ops.bla.linear_attention.default, nodes["q"], nodes["k"], nodes["v"], **kwargs
-        )
-        axes: Axes = (*((i,) for i in self.batch), self.n, self.d)
-        for piece in self.outer:
-            result = _applied(emitter, result, piece, axes)
-        result = emitter.laid_out(result, axes, self.axes, [False] * len(self.axes))
-        if self.addend is not None:
-            node, factor = self.addend
-            result = emitter.call(aten.add.Tensor, result, node, alpha=emitter.number(factor))
-        result = emitter.cast(result, self.dtype)
-        if not self.exact:
-            return result
-        original = seen.tensors[self.root]
-        if not emitter.same_layout(result, original):
-            order = memory_order(original, seen.hint)
-            result = emitter.call(aten.permute.default, result, order)
-            result = emitter.call(aten.clone.default, result, memory_format=torch.contiguous_format)
-            inverse = [order.index(dim) for dim in range(len(order))]
-            result = emitter.call(aten.permute.default, result, inverse)
-        if not emitter.same_layout(result, original):
-            raise Unemittable("its result has strides that no kernel writes")
-        return result
-
     def distinct(self) -> dict[str, Operand]:
         """The operands to pass: q' and k' only where they differ from q and k."""
         named = self.operands
@@ -269,40 +220,6 @@ class Plan:
         text = "" if operand.map is None else operand.map.text
         return placed(operand.source), operand.dtype, text
 
-    def _scale(self, emitter: Emitter, coef: Any, *names: str) -> Any:
-        for name in names:
-            coef = coef / self.operands[name].coef
-        return emitter.number(coef)
-
-    def _operand(self, emitter: Emitter, operand: Operand) -> fx.Node:
-        target: Axes = (*((i,) for i in self.batch), operand.rows, operand.columns)
-        fill = [False] * len(self.batch) + [True, True]
-        if operand.source is not None:
-            node = operand.source.node
-            if operand.map is None:  # else what is before φ may be narrower, and stays that
-                node = emitter.cast(node, operand.dtype)
-            node = emitter.cast(node, self.compute_dtype)
-            node = emitter.laid_out(node, operand.source.axes, target, fill)
-            return _readable(emitter, node) if _is_differentiated(self.root) else node
-        (first, *rest) = sorted(operand.pieces, key=lambda p: p.how != "times")
-        result = emitter.laid_out(_read(emitter, first), first.source.axes, target, fill)
-        result = emitter.cast(result, operand.dtype)
-        for piece in rest:
-            result = _applied(emitter, result, piece, target)
-        return emitter.cast(emitter.cast(result, operand.dtype), self.compute_dtype)
-
-    def _weight(self, emitter: Emitter, weight: Operand) -> fx.Node:
-        """Key weights as (*batch, M), batch dims that they do not have of size one."""
-        target: Axes = (*((i,) for i in self.batch), weight.rows)
-        fill = [False] * len(self.batch) + [True]
-        (first, *rest) = weight.pieces
-        result = emitter.laid_out(_read(emitter, first), first.source.axes, target, fill)
-        for piece in rest:
-            result = _applied(emitter, result, piece, target)
-        dtype = emitter.fake(result).dtype
-        known = dtype.is_floating_point or dtype == torch.bool
-        return result if known else emitter.cast(result, torch.float32)
-
 
 def _beside(operand: Operand, seen: Observation) -> bool:
     """Whether the channels of an operand are beside each other in memory, or will be."""
@@ -323,36 +240,6 @@ def _is_given(operand: Operand, seen: Observation) -> bool:
     return any(seen.storage_of(seen.tensors[n]) == memory for n in given if n in seen.tensors)
 
 
-def _readable(emitter: Emitter, node: fx.Node) -> fx.Node:
-    """On CUDA, a copy of what the kernels could not read in wide pieces along the features.
-
-    They would make one as well, but the backward another; this one is kept for it. Where there is
-    no backward, Inductor decides when it knows how everything lies: see templates/tiles.py.
-    """
-    fake = emitter.fake(node)
-    if fake.device.type != "cuda" or readable(fake):
-        return node
-    return emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-
-
-def _read(emitter: Emitter, piece: Piece) -> fx.Node:
-    """The tensor of a piece, in the precision that it was read in."""
-    node, dtype = piece.source.node, piece.source.dtype
-    return emitter.cast(node, dtype) if dtype.is_floating_point else node
-
-
-def _applied(emitter: Emitter, result: fx.Node, piece: Piece, axes: Axes) -> fx.Node:
-    """One more factor of a product."""
-    other = _read(emitter, piece)
-    if emitter.fake(other).dim():  # else a scalar, which may be on the CPU as long as it is one
-        other = emitter.laid_out(other, piece.source.axes, axes, [False] * len(axes))
-    if piece.how in ("where", "unless"):
-        gone = emitter.call(aten.logical_not.default, other) if piece.how == "where" else other
-        return emitter.call(aten.masked_fill.Scalar, result, gone, 0)
-    target = aten.mul.Tensor if piece.how == "times" else aten.div.Tensor
-    return emitter.call(target, result, other)
-
-
 def _addend(root: fx.Node, seen: Observation) -> tuple[fx.Node, Any]:
     """The tensor that one operator adds to the product inside it, and how often."""
     ((leaf, *_),) = (tuple(seen.values[root].term.leaves()),)
@@ -364,7 +251,7 @@ def _addend(root: fx.Node, seen: Observation) -> tuple[fx.Node, Any]:
     return node, dict(leaf.origin.kwargs)["alpha"]
 
 
-def _is_differentiated(root: fx.Node) -> bool:
+def is_differentiated(root: fx.Node) -> bool:
     known = root.meta.get("example_value", root.meta.get("val"))
     return isinstance(known, torch.Tensor) and known.requires_grad
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from bla_inductor.algebra import Guard, Observation, Read, Value
 from bla_inductor.algebra.observation import reads_elements
+from bla_inductor.call import emit
 from bla_inductor.cost import decide
 from bla_inductor.emit import Emitter, Unemittable
 from bla_inductor.operands import Catalogue
@@ -188,7 +189,7 @@ class _Selector:
             refusal = self.objection(plan)
             if refusal is not None or self.options.rewrite == "off":
                 return refusal or (plan, node)
-            return plan, plan.emit(emitter, self.seen)
+            return plan, emit(plan, emitter, self.seen)
         except Unemittable as reason:
             emitter.undo()
             return Refusal(FAMILY, str(reason), location, node.name)
