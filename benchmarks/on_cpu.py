@@ -10,7 +10,8 @@ median of its ratios, and of all pairs the median, beside the least and the larg
 
 Freed memory stays with the process (_KEEP), as under the allocators that servers preload. Under
 glibc's own settings it depends on which buffer happens to be the last of the heap whether its pages
-go back to the kernel after every call, and that moves a step by 5 to 10 percent either way.
+go back to the kernel after every call, and that moves a step by 5 to 10 percent either way; with
+--glibc as the first argument these are measured.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Worker:
     def __init__(self, name: str, backend: str) -> None:
         command = [sys.executable, __file__, "--work", name, backend]
         pipe = subprocess.PIPE
-        environment = {**_KEEP, **os.environ}
+        environment = os.environ if "--glibc" in sys.argv else {**os.environ, **_KEEP}
         self._process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, text=True, env=environment
         )
@@ -142,7 +143,8 @@ def main() -> None:
         return
     print(f"# CPU, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print("case,run,inductor_ms,bla_ms,inductor_ratio,least,largest", flush=True)
-    for name in sys.argv[1:] or [*BLOCKS, *QUADRATIC]:
+    names = [name for name in sys.argv[1:] if name != "--glibc"]
+    for name in names or [*BLOCKS, *QUADRATIC]:
         pairs = [pair(name) for _ in range(PAIRS)]
         for run in pairs[0]:
             theirs, ours, ratios = zip(*(found[run] for found in pairs), strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -69,8 +68,10 @@ def clamp_is_flat_at_its_bounds() -> bool:
 
 @cache
 def triton_version() -> tuple[int, int]:
-    """Major and minor."""
-    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    """Major and minor; of the module, since nightly builds come in packages of other names."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
     return int(major), int(minor)
 
 

@@ -252,6 +252,7 @@ def _addend(root: fx.Node, seen: Observation) -> tuple[fx.Node, Any]:
 
 
 def is_differentiated(root: fx.Node) -> bool:
+    """Whether autograd records it."""
     known = root.meta.get("example_value", root.meta.get("val"))
     return isinstance(known, torch.Tensor) and known.requires_grad
 
