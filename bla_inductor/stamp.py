@@ -3,7 +3,8 @@
 FxGraphCache and AOTAutogradCache hash the graph and Inductor's configuration, but neither the
 lowerings nor the backward of an operator defined elsewhere: after an upgrade of bla, a second
 process would be served code of the old one. They do hash the `uuid()` of custom passes. So our pass
-carries a hash of bla's sources and of the options; what it does to the graph is in `packing.py`.
+carries a hash of bla's sources and of the options; what it does to the graph is in `powers.py`,
+`packing.py` and `copies.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bla_inductor.copies import remove_copies
 from bla_inductor.failures import warn_once
 from bla_inductor.options import Options
 from bla_inductor.packing import pack_gradients
+from bla_inductor.powers import powers_by_logarithm
 
 # The name of the configuration key under which Inductor is given the stamp.
 SLOT = "post_grad_custom_pre_pass"
@@ -48,6 +50,7 @@ class CacheStamp(_Pass):
         self.users: tuple[Any, ...] = tuple(users) if isinstance(users, list | tuple) else (users,)
 
     def __call__(self, graph: Graph, is_inference: bool = False) -> None:
+        powers_by_logarithm(graph)
         pack_gradients(graph)
         remove_copies(graph)
         for user in self.users:

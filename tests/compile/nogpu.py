@@ -19,7 +19,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from bla_inductor.packing import pack_gradients
+from bla_inductor.options import Options
+from bla_inductor.stamp import CacheStamp
 
 CAPABILITY = (9, 0)
 _PROPERTIES = types.SimpleNamespace(
@@ -198,7 +199,7 @@ def code(
         debug = DebugContext()
         with V.set_fake_mode(mode), debug, V.set_debug_handler(debug):
             with mode:
-                pack_gradients(gm.graph)  # as our pass in Inductor's configuration does
+                CacheStamp(Options())(gm.graph)  # our pass in Inductor's configuration
                 post_grad_passes(gm, True)
             graph = GraphLowering(
                 gm, shape_env=mode.shape_env, example_inputs=inputs, is_inference=inference
