@@ -41,9 +41,7 @@ def tile_mask(inside, cols, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.con
 
 @triton.jit
 def column_mask(cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[1, cols] for feature maps. Rows beyond the last are left to what their φ is multiplied by: a
-    select between φ and its rounding would double the price of the rounding.
-    """
+    """[1, cols] for the row-wise stages of feature maps."""
     if D == BLOCK_D:
         return tl.full((1, 1), True, tl.int1)
     else:
@@ -52,7 +50,9 @@ def column_mask(cols, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def mapped(x, mask, MAP: tl.constexpr):
-    """MAP(x) in fp32 (None: x itself), 0 outside of `mask`; x is loaded with 0 there."""
+    """MAP(x) in fp32 (None: x itself). Outside of `mask`, where x is loaded with 0, the result is
+    some number: see feature_map.py.
+    """
     if MAP is None:
         return x.to(tl.float32)
     else:

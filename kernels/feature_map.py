@@ -6,8 +6,10 @@
     forward(x, mask)       φ(x)                                  [ROWS, COLS] fp32
     backward(x, g, mask)   the gradient of x; g is that of φ(x)  [ROWS, COLS] fp32
 
-x, g: fp32. mask: bool, of a shape that broadcasts to the tile; where it is false the result is 0
-whatever x and g are, and row-wise stages, which reduce over axis 1, do not count the place.
+x, g: fp32. mask: bool, of a shape that broadcasts to the tile; where it is false, row-wise stages,
+which reduce over axis 1, do not count the place, and the result of a map that has such stages is 0.
+Of a map without, it is what φ makes of x there, 0 in the kernels: a number that is multiplied by 0
+or not stored. A select behind φ would separate it from its rounding, and double the price of that.
 
 The functions are named after a hash of the text, so that Triton finds its compiled kernels again in
 the next process. Their source is in `linecache` alone: Triton needs to read it, nobody to find it.
@@ -19,7 +21,6 @@ import functools
 import hashlib
 import linecache
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ import triton.language as tl
 from bla_inductor.kernels import elementary
 
 from bla_inductor.ops.feature_code import Writer
-from bla_inductor.ops.feature_map import RowWise, Stage, canonical, parse
+from bla_inductor.ops.feature_map import RowWise, canonical, parse
 
 __all__ = ["CompiledMap", "compiled"]
 
@@ -58,7 +59,12 @@ def _compiled(text: str, fast: bool) -> CompiledMap:
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     name = f"phi_fast_{digest}" if fast else f"phi_{digest}"
     functions = []
-    for suffix, source in (("", _forward(stages, name)), ("_backward", _backward(stages, name))):
+    writer, gradient = _TritonWriter(), _TritonWriter()
+    heads = {"": f"{name}(x, mask)", "_backward": f"{name}_backward(x, g, mask)"}
+    results = writer.forward(stages, "x"), gradient.gradient(stages, "x", "g")
+    has_rows = any(isinstance(stage, RowWise) for stage in stages)
+    for suffix, lines, result in zip(heads, (writer, gradient), results, strict=True):
+        source = _source(heads[suffix], lines, result, has_rows)
         file = f"<bla {name}{suffix}>"
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         scope = {"__name__": __name__, "triton": triton, "tl": tl, **_HELPERS}
@@ -69,21 +75,12 @@ def _compiled(text: str, fast: bool) -> CompiledMap:
     return CompiledMap(text, *functions)
 
 
-def _forward(stages: Sequence[Stage], name: str) -> str:
-    writer = _TritonWriter()
-    return _source(f"{name}(x, mask)", writer, writer.forward(stages, "x"))
-
-
-def _backward(stages: Sequence[Stage], name: str) -> str:
-    writer = _TritonWriter()
-    return _source(f"{name}_backward(x, g, mask)", writer, writer.gradient(stages, "x", "g"))
-
-
-def _source(head: str, writer: Writer, result: str) -> str:
+def _source(head: str, writer: Writer, result: str, masked: bool) -> str:
     if not result.isidentifier():
         result = writer.let(f"tl.full(x.shape, {result}, tl.float32)")
     lines = ["@triton.jit", f"def {head}:"]
-    lines += [f"    {line}" for line in (*writer.lines, f"return tl.where(mask, {result}, 0.0)")]
+    result = f"tl.where(mask, {result}, 0.0)" if masked else result
+    lines += [f"    {line}" for line in (*writer.lines, f"return {result}")]
     return "\n".join(lines) + "\n"
 
 

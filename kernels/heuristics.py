@@ -19,7 +19,8 @@ class Tile:
     """Block sizes (rows of the sequence, features, value channels, normaliser features), warps,
     pipeline stages, and how many programs are meant to run on one multiprocessor at a time.
 
-    REST: where it is not 0, the columns beyond the blocks are a second piece (two_pieces.py).
+    REST: where it is not 0, the columns beyond the blocks are a second piece (two_pieces.py). TMA:
+    whether tiles are read by descriptors (tiles.py).
     """
 
     BLOCK_N: int
@@ -30,6 +31,7 @@ class Tile:
     num_stages: int
     resident: int = 4
     REST: int = 0
+    TMA: bool = False
 
 
 SUM_TILE = Tile(512, 16, 16, 16, 4, 1)

@@ -101,6 +101,7 @@ def query_pass(
         PRECISION=precision,
         REST=tile.REST,
         BIG=operands.big(tile.BLOCK_N),
+        TMA=tile.TMA,
         **launching.blocks(tile),
         tile=tile,
         pdl=True,

@@ -27,6 +27,7 @@ from bla_inductor.kernels.common import (
     tile_range,
     wait_for_previous,
 )
+from bla_inductor.kernels.tiles import load_tile, tiles_of
 
 
 @triton.jit
@@ -45,19 +46,24 @@ def held_for_output(
 
 @triton.jit
 def output_tile(
-    x_ptr, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
+    x_tiles, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
     D: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, FULL: tl.constexpr,
+    row=0, TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """scale · xf·state / guard(qn·key_sum) in fp32 of one tile, of which `left` rows are left."""
+    """scale · xf·state / guard(qn·key_sum) in fp32 of one tile, of which `left` rows are left.
+
+    row: that of the tile, counted from the first of x_tiles (see tiles.py).
+    """
     rn = tile_range(BLOCK_N, BIG)
     rd = tile_range(BLOCK_D, BIG)
     inside = rn < left
     x_mask = tile_mask(inside, rd, D, BLOCK_D, FULL)
-    x = tl.load(x_ptr + rn[:, None] * sxn + rd[None, :] * sxd, mask=x_mask, other=0.0)
+    x = load_tile(x_tiles, row, 0, rn, rd, sxn, sxd, x_mask, TMA)
+    DTYPE: tl.constexpr = x.dtype
     x = operand(x, column_mask(rd, D, BLOCK_D), X_MAP)
     w = tl.zeros((BLOCK_N,), tl.float32) + scale
     if NORMALIZER != "none":
@@ -81,7 +87,7 @@ def output_tile(
         return high * w[:, None] + low * w[:, None]
     else:
         out = product(x, state, zeros, PRECISION)
-        return scaled(out, factor, x_ptr.dtype.element_ty, PRECISION) * w[:, None]
+        return scaled(out, factor, DTYPE, PRECISION) * w[:, None]
 
 
 @triton.jit
@@ -94,7 +100,7 @@ def apply_state(
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr, OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """Write rows first … last of out; the pointers are those of row `first`, key_sum includes
     norm_scale.
@@ -102,16 +108,18 @@ def apply_state(
     state, factor, key_sum, norm_factor = held_for_output(
         state, key_sum, x_ptr.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION
     )
+    x_tiles = tiles_of(x_ptr, last - first, sxn, D, BLOCK_N, BLOCK_D, TMA)
     for n in range(0, last - first, BLOCK_N):
         _apply_to_tile(
-            x_ptr, n_ptr, o_ptr, w_ptr,
+            x_tiles, n_ptr, o_ptr, w_ptr,
             r_ptr, g_ptr, state, factor, key_sum, norm_factor, bias,
-            last - first - n, tile, scale, eps, sxn, sxd, snn, snd, son, sod, swn, srn, srd,
+            n, last - first - n, tile, scale, eps, sxn, sxd, snn, snd, son, sod, swn, srn, srd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
             NORMALIZER, DECOUPLED, HAS_BIAS, WEIGHT, WEIGHT_GRAD,
-            X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG,
+            X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG, TMA,
         )  # fmt: skip
-        x_ptr += BLOCK_N * sxn
+        if not TMA:
+            x_tiles += BLOCK_N * sxn
         n_ptr += BLOCK_N * snn
         o_ptr += BLOCK_N * son
         w_ptr += BLOCK_N * swn
@@ -121,7 +129,7 @@ def apply_state(
 
 @triton.jit
 def _apply_to_tile(
-    x_ptr, n_ptr, o_ptr, w_ptr, r_ptr, g_ptr, state, factor, key_sum, norm_factor, bias, left,
+    x_tiles, n_ptr, o_ptr, w_ptr, r_ptr, g_ptr, state, factor, key_sum, norm_factor, bias, n, left,
     tile, scale, eps,
     sxn, sxd, snn, snd, son, sod, swn, srn, srd,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
@@ -129,7 +137,7 @@ def _apply_to_tile(
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr, OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of out, of which `left` rows are left."""
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -139,9 +147,9 @@ def _apply_to_tile(
     columns = column_mask(rv, DV, BLOCK_V * TILES)
     o_mask = tile_mask(inside, rv, DV, BLOCK_V * TILES, False)
     out = output_tile(
-        x_ptr, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
+        x_tiles, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
         D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-        NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, False,
+        NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, False, n, TMA,
     )  # fmt: skip
     if HAS_BIAS:
         out += bias[None, :]
@@ -184,6 +192,7 @@ def output_kernel(
     OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,  # of raw, which has out's shape
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
+    TMA: tl.constexpr,  # see tiles.py
     PDL: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -229,5 +238,5 @@ def output_kernel(
         sxn, sxd, snn, snd, son, sod, swn, srn, srd,
         D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
         NORMALIZER, DECOUPLED, HAS_BIAS, WEIGHT, WEIGHT_GRAD,
-        X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG,
+        X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG, TMA,
     )  # fmt: skip

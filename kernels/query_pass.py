@@ -32,6 +32,7 @@ from bla_inductor.kernels.common import (
     wait_for_previous,
     weighted_rows,
 )
+from bla_inductor.kernels.tiles import load_tile, tiles_of
 from bla_inductor.kernels.two_pieces import query_pass_in_two
 
 
@@ -48,7 +49,7 @@ def query_gradients(
     STORE_WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(dstate, dkey_sum / norm_scale) of rows first … last, whose first the pointers are for.
 
@@ -65,33 +66,39 @@ def query_gradients(
         sums = tl.zeros((BLOCK_D, 16), tl.float32)
     else:
         sums = tl.zeros((BLOCK_N, BLOCK_DN), tl.float32)
+    do_tiles = tiles_of(do_ptr, last - first, sgn, DV, BLOCK_N, BLOCK_V, TMA)
+    q_tiles = tiles_of(q_ptr, last - first, sqn, D, BLOCK_N, BLOCK_D, TMA)
     for n in range(0, last - first, BLOCK_N):
         dstate, sums = _tile_gradients(
-            do_ptr, q_ptr, n_ptr,
+            do_tiles, q_tiles, n_ptr,
             dq_ptr, dn_ptr, w_ptr, z_ptr,
             state, factor, key_sum, dstate, sums, last - first - n,
             n, own_first, own_last, scale, norm_scale, eps,
             sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
             NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, PARTIAL,
-            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS, TMA,
         )  # fmt: skip
-        do_ptr += BLOCK_N * sgn
-        q_ptr += BLOCK_N * sqn
+        if not TMA:
+            do_tiles += BLOCK_N * sgn
+            q_tiles += BLOCK_N * sqn
         dq_ptr += BLOCK_N * sdqn
         dn_ptr += BLOCK_N * sdnn
         n_ptr += BLOCK_N * snn
         w_ptr += BLOCK_N
         z_ptr += BLOCK_N
-    if TENSOR_SUMS:
-        return dstate, tl.sum(sums, 1)
-    else:
-        return dstate, tl.sum(sums, 0)
+    # Columns beyond D hold what φ makes of 0.
+    if D < BLOCK_D:
+        dstate = tl.where((tl.arange(0, BLOCK_D) < D)[:, None], dstate, 0.0)
+    dkey_sum = tl.sum(sums, 1 if TENSOR_SUMS else 0)
+    if DN < BLOCK_DN:
+        dkey_sum = tl.where(tl.arange(0, BLOCK_DN) < DN, dkey_sum, 0.0)
+    return dstate, dkey_sum
 
 
 @triton.jit
 def _tile_gradients(
-    do_ptr, q_ptr, n_ptr, dq_ptr, dn_ptr, w_ptr, z_ptr,
+    do_tiles, q_tiles, n_ptr, dq_ptr, dn_ptr, w_ptr, z_ptr,
     state, factor, key_sum, dstate, sums, left, n, own_first, own_last,
     scale, norm_scale, eps,
     sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
@@ -103,7 +110,7 @@ def _tile_gradients(
     STORE_WEIGHTS: tl.constexpr, PARTIAL: tl.constexpr,
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, TENSOR_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr, TENSOR_SUMS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dstate and sums with one tile added, of which `left` rows are left; writes its dq, dq', if
     PARTIAL only of the rows within own_first … own_last, counted from the first tile as n is.
@@ -115,13 +122,13 @@ def _tile_gradients(
     inside = rn < left
     q_mask = tile_mask(inside, rd, D, BLOCK_D, False)
     do_mask = tile_mask(inside, rv, DV, BLOCK_V, False)
-    raw = tl.load(q_ptr + rn[:, None] * sqn + rd[None, :] * sqd, mask=q_mask, other=0.0)
-    do = tl.load(do_ptr + rn[:, None] * sgn + rv[None, :] * sgd, mask=do_mask, other=0.0)
+    raw = load_tile(q_tiles, n, 0, rn, rd, sqn, sqd, q_mask, TMA)
+    do = load_tile(do_tiles, n, 0, rn, rv, sgn, sgd, do_mask, TMA)
     columns_inside = column_mask(rd, D, BLOCK_D)
     q = mapped(raw, columns_inside, Q_MAP)
     if NEED_DQ or NORMALIZER != "none":
         t = product(do, state, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), PRECISION)
-        t = scaled(t, factor, do_ptr.dtype.element_ty, PRECISION)
+        t = scaled(t, factor, do.dtype, PRECISION)
     w = tl.zeros((BLOCK_N,), tl.float32) + scale
     if NORMALIZER != "none":
         if DECOUPLED:
@@ -207,6 +214,7 @@ def query_pass_kernel(
     PRECISION: tl.constexpr,
     REST: tl.constexpr,  # columns beyond BLOCK_D and BLOCK_V: see two_pieces.py
     BIG: tl.constexpr,
+    TMA: tl.constexpr,  # see tiles.py
     PDL: tl.constexpr,
 ):  # fmt: skip
     scale = tl.cast(scale, tl.float32)
@@ -233,7 +241,7 @@ def query_pass_kernel(
             DSTATE + slot64 * DSTATE_STRIDE, DSUM + slot64 * DSUM_STRIDE,
             first, last, scale, norm_scale, eps, sgn, sgd, sqn, sqd, sdqn, sdqd,
             D, BLOCK_D, REST, BLOCK_N, NORMALIZER,
-            NEED_DQ, NEED_DSTATE, NEED_DSUM, Q_MAP, Q_MAP_GRAD, BIG,
+            NEED_DQ, NEED_DSTATE, NEED_DSUM, Q_MAP, Q_MAP_GRAD, BIG, TMA,
         )  # fmt: skip
     else:
         cd = tl.arange(0, BLOCK_D)
@@ -258,7 +266,7 @@ def query_pass_kernel(
             sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
             NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, False,
-            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TMA,
         )  # fmt: skip
         if NEED_DSTATE:
             tl.store(DSTATE + slot64 * DSTATE_STRIDE + state_offsets, dstate, mask=state_mask)

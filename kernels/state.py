@@ -24,6 +24,7 @@ from bla_inductor.kernels.common import (
     wait_for_previous,
     weighted_rows,
 )
+from bla_inductor.kernels.tiles import load_tile, tiles_of
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def accumulate_state(
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
-    EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """(state, key_sum) of rows first … last; the pointers are those of row `first`."""
     # A product with `in_columns`, where the user's graph rounds the sum to 16 bits anyway.
@@ -43,36 +44,44 @@ def accumulate_state(
         sums = tl.zeros((BLOCK_D, 16), tl.float32)
     else:  # one row of sums for each row of a tile: added up across threads at the end only
         sums = tl.zeros((BLOCK_N, BLOCK_DN), tl.float32)
+    # Rows that a weight drops are not read, which takes a mask.
+    BY_TMA: tl.constexpr = TMA and WEIGHT == "none"
+    k_tiles = tiles_of(k_ptr, last - first, skn, D, BLOCK_N, BLOCK_D, BY_TMA)
+    v_tiles = tiles_of(v_ptr, last - first, svn, DV, BLOCK_N, BLOCK_V, BY_TMA)
     for n in range(0, last - first, BLOCK_N):
         state, sums = _add_tile(
-            k_ptr, v_ptr, n_ptr, a_ptr,
-            b_ptr, state, sums, last - first - n, tile,
+            k_tiles, v_tiles, n_ptr, a_ptr,
+            b_ptr, state, sums, n, last - first - n, tile,
             skn, skd, svn, svd, snn, snd, san,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS,
+            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS, BY_TMA,
         )  # fmt: skip
-        k_ptr += BLOCK_N * skn
-        v_ptr += BLOCK_N * svn
+        if not BY_TMA:
+            k_tiles += BLOCK_N * skn
+            v_tiles += BLOCK_N * svn
         n_ptr += BLOCK_N * snn
         a_ptr += BLOCK_N * san
         b_ptr += BLOCK_N * san
-    if TENSOR_SUMS:
-        return state, tl.sum(sums, 1)
-    else:
-        return state, tl.sum(sums, 0)
+    # Columns beyond D hold what φ makes of 0.
+    if D < BLOCK_D:
+        state = tl.where((tl.arange(0, BLOCK_D) < D)[:, None], state, 0.0)
+    key_sum = tl.sum(sums, 1 if TENSOR_SUMS else 0)
+    if DN < BLOCK_DN:
+        key_sum = tl.where(tl.arange(0, BLOCK_DN) < DN, key_sum, 0.0)
+    return state, key_sum
 
 
 @triton.jit
 def _add_tile(
-    k_ptr, v_ptr, n_ptr, a_ptr, b_ptr, state, sums, left, tile,
+    k_tiles, v_tiles, n_ptr, a_ptr, b_ptr, state, sums, n, left, tile,
     skn, skd, svn, svd, snn, snd, san,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
-    TENSOR_SUMS: tl.constexpr,
+    TENSOR_SUMS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """state and sums with one tile added, of which `left` rows are left."""
+    """state and sums with the tile of row n added, of which `left` rows are left."""
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     rn = tile_range(BLOCK_N, BIG)
     rd = tile_range(BLOCK_D, BIG)
@@ -84,8 +93,8 @@ def _add_tile(
         a = tl.load(a_ptr + rn * san, mask=inside, other=0.0).to(tl.float32)
     k_mask = tile_mask(inside, rd, D, BLOCK_D, False)
     v_mask = tile_mask(inside, rv, DV, BLOCK_V * TILES, False)
-    k = tl.load(k_ptr + rn[:, None] * skn + rd[None, :] * skd, mask=k_mask, other=0.0)
-    v = tl.load(v_ptr + rn[:, None] * svn + rv[None, :] * svd, mask=v_mask, other=0.0)
+    k = load_tile(k_tiles, n, 0, rn, rd, skn, skd, k_mask, TMA)
+    v = load_tile(v_tiles, n, tile * BLOCK_V, rn, rv, svn, svd, v_mask, TMA)
     # Beyond the last row v and b are 0.
     k = operand(k, column_mask(rd, D, BLOCK_D), K_MAP)
     if WEIGHT == "float":
@@ -145,6 +154,7 @@ def state_kernel(
     EXACT: tl.constexpr,  # for a float32 result: add the tiles up on the CUDA cores
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
+    TMA: tl.constexpr,  # see tiles.py
     PDL: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -168,7 +178,7 @@ def state_kernel(
         B + b0 * sa0 + b1 * sa1 + first64 * san,
         first, last, tile, skn, skd, svn, svd, snn, snd, san,
         D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG,
+        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TMA,
     )  # fmt: skip
     slot64 = slot.to(tl.int64)
     cd = tl.arange(0, BLOCK_D)

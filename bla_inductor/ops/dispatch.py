@@ -57,12 +57,16 @@ def _run_backward_aten(call: Gradients) -> tuple[Tensor, ...]:
     )
 
 
+def _have_numbers_at_zero(x: Inputs) -> bool:
+    return all(finite_at_zero(text, x.q.dtype) for text in x.maps)
+
+
 def _kernels(x: Inputs, out_dtype: torch.dtype) -> ModuleType | None:
     """The Triton implementation if it covers these tensors, else None."""
     if x.q.dtype not in _KERNEL_DTYPES or out_dtype not in _KERNEL_DTYPES:
         return None
     given = [(n, t) for n, t in zip(TENSORS, x.tensors, strict=True) if t is not None]
-    if any(t.numel() == 0 for _, t in given) or not all(map(finite_at_zero, x.maps)):
+    if any(t.numel() == 0 for _, t in given) or not _have_numbers_at_zero(x):
         return None
     for name, t in given:
         if name != "key_weight" and t.shape[-1] > MAX_HEAD_DIM:

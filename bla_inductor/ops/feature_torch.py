@@ -30,15 +30,16 @@ def gradient(text: str, x: Tensor, g: Tensor) -> Tensor:
 
 
 @functools.cache
-def finite_at_zero(text: str) -> bool:
-    """Whether φ(0) and φ'(0) are numbers. The kernels fill their tiles up with zeros, and multiply
-    what φ makes of them by zero.
+def finite_at_zero(text: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether φ(0), rounded to `dtype`, and φ'(0) are numbers. The kernels fill their tiles up with
+    zeros, and multiply what φ makes of them by zero.
     """
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
         zero = torch.zeros(1, 2)
-        return bool((apply(text, zero) + gradient(text, zero, zero + 1)).isfinite().all())
+        value = apply(text, zero).to(dtype)
+        return bool((value + gradient(text, zero, zero + 1)).isfinite().all())
 
 
 @functools.cache

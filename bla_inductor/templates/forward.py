@@ -75,8 +75,8 @@ def bound(x: Any) -> Call:
             if any(equal(size, 0) for size in node.get_size()):
                 raise Unsupported(f"{name} has no elements")
     for text in x.maps:
-        if not finite_at_zero(text):
-            raise Unsupported(f"the feature map {text} has no value at zero")
+        if not finite_at_zero(text, dtype):
+            raise Unsupported(f"the feature map {text} has no value at zero in {dtype}")
     D, DV, DN = (static(t.get_size()[-1]) for t in (x.q, x.v, x.key_norm))
     if max(D, DV, DN) > 256:
         raise Unsupported(f"head dims {D}, {DV}, {DN}: the kernels take at most 256")
