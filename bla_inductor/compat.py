@@ -89,6 +89,30 @@ def pipelines_inline_assembly() -> bool:
     return triton_version() >= (3, 9)
 
 
+@cache
+def gives_kernels_memory() -> bool:
+    """Whether a kernel may need memory of its own, as descriptors do (`kernels.tiles`).
+
+    Triton asks an allocator for it that is set for each thread, and without one it raises. Inductor
+    sets one, from torch 2.13 on at the first launch of a kernel only, so that the same graph called
+    in another thread would fail. Hence what threads have before any is set asks torch instead of
+    raising; an allocator that somebody sets comes first, as ever.
+    """
+    try:
+        from triton.runtime import _allocation
+    except ImportError:
+        return False
+    unset = getattr(_allocation, "_NULL_ALLOCATOR", None)
+    if unset is None or type(unset) is not getattr(_allocation, "NullAllocator", None):
+        return False
+
+    def allocate(_: Any, size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device="cuda")
+
+    type(unset).__call__ = allocate
+    return True
+
+
 def without_compiled_autograd() -> contextlib.AbstractContextManager[None]:
     """A backward pass inside runs at once, whatever compiled autograd is doing around it."""
     from torch._dynamo import compiled_autograd

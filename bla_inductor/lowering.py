@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bla_inductor.compat import register_decompositions
+from bla_inductor.compat import gives_kernels_memory, register_decompositions
 from bla_inductor.lowering_cuda import OPERATORS, lowering
 from bla_inductor.ops import aten
 from bla_inductor.ops.layout import known
@@ -38,6 +38,7 @@ def register() -> None:
     for operator in OPERATORS:
         register_lowering(operator, type_promotion_kind=None)(lowering(operator))
     register_decompositions(_OURS)
+    gives_kernels_memory()  # also to kernels that come from a cache
 
 
 def _stays_a_call(x: Tensor) -> bool:

@@ -61,7 +61,7 @@ def in_two_pieces(
     if dtype not in IN_TWO_PIECES or (kernel == "query" and rest > 16):
         return None
     if kernel == "key":
-        return Tile(128, 64, 64, 64, 8, 3, 1, rest)
+        return Tile(64, 64, 64, 64, 4, 3, 1, rest)
     return Tile(64, 64, 64, 64, 4, 3, 2, rest)
 
 
@@ -121,7 +121,7 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
             return Tile(128, d, v, block(DN), 8, 3, 16)
         if capability < 9:
             return Tile(64, d, min(v, 64), block(DN), 8, 2, 2)
-        if d == D:
+        if D >= 112:
             return Tile(128, d, v, block(DN), 8, 3, 1)
         return Tile(64, d, v, block(DN), 4, 3, 2)
     if precision == "parts":

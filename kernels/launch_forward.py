@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from bla_inductor.kernels import heuristics, launching, short_heuristics
 from bla_inductor.kernels.batch import Batch, aligned
+from bla_inductor.kernels.large import for_large
 from bla_inductor.kernels.launch_short import short_forward
 from bla_inductor.kernels.launching import Map, Numbers, feature_maps, norm_kind
 from bla_inductor.kernels.output import output_kernel
@@ -88,9 +89,16 @@ def statistics(
     key_sum = k.new_empty([*batch, DN] if normalized else [0], dtype=torch.float32)
     a, b = weights or (None, None)
     plain = not exact and k_norm is None and launching.weight_kind(a) != "float"
-    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(k.device), plain)
+    capability = heuristics.capability(k.device)
+    tile = heuristics.state_tile(D, DV, DN, precision, capability, plain)
     weight_columns = launching.weight_column(a), launching.weight_column(b)
     operands = Batch(batch, (k, v, k_norm, *weight_columns))
+    if plain and a is None:
+        elements = operands.count * M * D
+        tile = for_large(
+            "state", tile, (D, DV, DN), k.dtype, precision, capability, elements,
+            (k.stride(-2), v.stride(-2)),
+        )  # fmt: skip
     tiles = -(-DV // tile.BLOCK_V)
     rows, splits = heuristics.divide_rows(M, operands.count * tiles, tile, k.device)
     out_state, out_sum, state_stride, sum_stride = state, key_sum, D * DV, DN
@@ -180,7 +188,12 @@ def apply_state(
     N, D, DV = x.shape[-2], x.shape[-1], state.shape[-1]
     DN = (x if x_norm is None else x_norm).shape[-1]
     batch = out.shape[:-2]
-    tile = heuristics.output_tile(D, DV, DN, precision, heuristics.capability(x.device))
+    capability = heuristics.capability(x.device)
+    tile = heuristics.output_tile(D, DV, DN, precision, capability)
+    elements = batch.numel() * N * D
+    tile = for_large(
+        "output", tile, (D, DV, DN), x.dtype, precision, capability, elements, (x.stride(-2),)
+    )
     raw_map = raw_map or Map()
     tiles = -(-DV // tile.BLOCK_V)
     partial = None

@@ -3,6 +3,7 @@
 from bla_inductor.kernels import heuristics, launching
 from bla_inductor.kernels.batch import Batch
 from bla_inductor.kernels.key_pass import key_pass_kernel
+from bla_inductor.kernels.large import for_large
 from bla_inductor.kernels.launch_forward import apply_state
 from bla_inductor.kernels.launching import Map, Numbers, norm_kind
 from bla_inductor.kernels.mapping import map_gradient, map_rows
@@ -30,6 +31,12 @@ def key_pass(
     tile = heuristics.key_pass_tile(*sizes)
     if k_norm is None and key_weight is None and maps[0].elementwise:
         tile = heuristics.in_two_pieces("key", k.dtype, *sizes) or tile
+    if k_norm is None:
+        elements = dstate.shape[:-2].numel() * M * D
+        tile = for_large(
+            "key", tile, sizes[:3], k.dtype, precision, sizes[4], elements,
+            (k.stride(-2), v.stride(-2)),
+        )  # fmt: skip
     operands = Batch(
         dstate.shape[:-2],
         (k, v, k_norm, launching.weight_column(key_weight), dstate, dsum),

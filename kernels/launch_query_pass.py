@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from bla_inductor.kernels import heuristics, launching
 from bla_inductor.kernels.batch import Batch, reduced
+from bla_inductor.kernels.large import for_large
 from bla_inductor.kernels.launch_forward import add_splits, statistics
 from bla_inductor.kernels.launching import Map, Numbers
 from bla_inductor.kernels.query_pass import query_pass_kernel
@@ -47,6 +48,12 @@ def query_pass(
     tile = heuristics.query_pass_tile(*sizes)
     if q_norm is None and maps[0].elementwise:
         tile = heuristics.in_two_pieces("query", q.dtype, *sizes) or tile
+    if q_norm is None:
+        elements = batch.numel() * N * D
+        tile = for_large(
+            "query", tile, sizes[:3], q.dtype, precision, capability, elements,
+            (q.stride(-2), do.stride(-2)),
+        )  # fmt: skip
     weights = None
     if any(needs) and not fused:
         weights = _token_weights(q, batch, numbers)

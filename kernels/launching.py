@@ -1,10 +1,9 @@
 """How every kernel is launched, and what optional arguments look like."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import copy_context
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -111,26 +110,9 @@ def run(
         constants["PDL"] = heuristics.overlaps_launches(args[0].device)
         if constants["PDL"]:
             constants["launch_pdl"] = True
-    launch = partial(
-        kernel[(programs,)],
-        *args,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **constants,
+    return kernel[(programs,)](
+        *args, num_warps=tile.num_warps, num_stages=tile.num_stages, **constants
     )
-    if not tile.TMA:
-        return launch()
-    return copy_context().run(_with_scratch, args[0].device, launch)
-
-
-def _with_scratch(device: torch.device, launch: Callable[[], Any]) -> Any:
-    """In a context of its own, since Triton's allocator, which descriptors need, is the user's."""
-    import triton
-
-    triton.set_allocator(
-        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device)
-    )
-    return launch()
 
 
 def blocks(tile: Tile) -> dict[str, int]:

@@ -3,8 +3,8 @@
 With pointers every thread asks for 16 bytes at a time, and of a row of 80 features padded to 128
 six threads of sixteen ask for nothing: as much work as for a whole row. With descriptors (TMA,
 sm_90) one thread asks for the tile, hardware moves it, and what lies outside is zero. A descriptor
-takes 128 bytes of memory a program, which `launching.run` provides, and about a microsecond to
-make, so long sequences have them and short ones have pointers.
+takes 128 bytes of memory a program (`compat.gives_kernels_memory`), and about a microsecond to
+make, so large tensors have them (large.py) and small ones have pointers.
 
 Rows are 16-byte aligned and features contiguous either way (batch.py).
 """

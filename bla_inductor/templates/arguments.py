@@ -9,7 +9,7 @@ from torch._inductor import lowering as inductor
 from torch._inductor.virtualized import V
 from torch.utils._sympy.functions import CeilDiv
 
-from bla_inductor.kernels import heuristics
+from bla_inductor.kernels import heuristics, large
 from bla_inductor.kernels.heuristics import Tile
 from bla_inductor.templates.operands import Expr, Node, equal
 
@@ -54,6 +54,25 @@ def divided(rows: Expr, programs: Expr, tile: Tile, device: torch.device) -> tup
     """
     each, _ = heuristics.divide_rows(hint(rows), hint(programs), tile, device)
     return each, CeilDiv(rows, each)
+
+
+def for_large(
+    kernel: str,
+    tile: Tile,
+    sizes: tuple[int, int, int],
+    precision: str,
+    elements: Expr,
+    read: Sequence[Node],
+) -> Tile:
+    """`kernels.large.for_large`, for what `kernel` reads. Generated C++ may not give a kernel the
+    memory that descriptors take.
+    """
+    if V.graph.cpp_wrapper:
+        return tile
+    steps = tuple(int(not equal(x.get_stride()[-2], 0)) for x in read)
+    capability = heuristics.capability(read[0].get_device())
+    dtype = read[0].get_dtype()
+    return large.for_large(kernel, tile, sizes, dtype, precision, capability, hint(elements), steps)
 
 
 def is_static(*sizes: Expr) -> bool:

@@ -182,8 +182,10 @@ def statistics(
     M, normalized = k.get_size()[-2], norm != "none"
     plain = not exact and k_norm is None and arguments.weight_kind(weights[0]) != "float"
     tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device), plain)
-    tiles = -(-DV // tile.BLOCK_V)
     count = arguments.product(batch)
+    if plain and weights[0] is None:
+        tile = arguments.for_large("state", tile, (D, DV, DN), precision, count * M * D, (k, v))
+    tiles = -(-DV // tile.BLOCK_V)
     each, splits = arguments.divided(M, count * tiles, tile, device)
     rows = str(each)
     if not arguments.is_static(M):

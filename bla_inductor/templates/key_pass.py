@@ -23,6 +23,9 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
     tile = heuristics.key_pass_tile(*sizes)
     if x.k_norm is None and x.key_weight is None and not has_rows(call.maps["k"]):
         tile = heuristics.in_two_pieces("key", call.dtype, *sizes) or tile
+    if x.k_norm is None:
+        elements = arguments.product(batch) * call.M * D
+        tile = arguments.for_large("key", tile, sizes[:3], precision, elements, (x.k, x.v))
     operands = Operands(
         batch,
         {

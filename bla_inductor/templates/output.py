@@ -15,6 +15,7 @@ import torch
 from bla_inductor.kernels import heuristics, output, short_heuristics
 from bla_inductor.kernels import state as state_kernels
 from bla_inductor.kernels.heuristics import Tile
+from bla_inductor.kernels.tiles import tiles_of
 from bla_inductor.templates import arguments, launch
 from bla_inductor.templates.arguments import empty
 from bla_inductor.templates.operands import Expr, Node, Operands, equal, realized
@@ -23,7 +24,7 @@ from bla_inductor.templates.result import Result
 if TYPE_CHECKING:
     from bla_inductor.templates.forward import Call
 
-_FUNCTIONS = (output.held_for_output, output.output_tile, *launch.OVERLAP)
+_FUNCTIONS = (output.held_for_output, output.output_tile, tiles_of, *launch.OVERLAP)
 
 _PROGRAM = """
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -89,13 +90,15 @@ _TILES = """
     first64 = first.to(tl.int64)
     x_ptr = X + b0 * sx0 + b1 * sx1 + first64 * sxn
     n_ptr = {XN} + b0 * sxn0 + b1 * sxn1 + first64 * sxnn
+    x_tiles = tiles_of(x_ptr, last - first, sxn, D, BLOCK_N, BLOCK_D, TMA)
     for n in range(first, last, BLOCK_N):
         out = output_tile(
-            x_ptr, n_ptr, state, factor, key_sum, norm_factor, last - n, scale, eps,
+            x_tiles, n_ptr, state, factor, key_sum, norm_factor, last - n, scale, eps,
             sxn, sxd, sxnn, sxnd, D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-            NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, FULL,
+            NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, FULL, n - first, TMA,
         )
-        x_ptr += BLOCK_N * sxn
+        if not TMA:
+            x_tiles += BLOCK_N * sxn
         n_ptr += BLOCK_N * sxnn
         rows = n + tl.arange(0, BLOCK_N)
         out_mask = (rows < last)[:, None] & (cv < DV)[None, :]
@@ -158,6 +161,7 @@ def _constants(call: Call, tile: Tile, precision: str, each: int, big: bool) -> 
         "PRECISION": repr(precision),
         "BIG": big,
         "FULL": _full(call, tile),
+        "TMA": tile.TMA,
     }
 
 
@@ -188,6 +192,9 @@ def apply_state(call: Call, dtype: torch.dtype, state: Node, key_sum: Node, prec
     tile = heuristics.output_tile(
         call.D, call.DV, call.DN, precision, heuristics.capability(call.device)
     )
+    sizes = call.D, call.DV, call.DN
+    elements = operands.count * call.N * call.D
+    tile = arguments.for_large("output", tile, sizes, precision, elements, (x.q,))
     tiles = -(-call.DV // tile.BLOCK_V)
     each, chunks = arguments.divided(call.N, operands.count * tiles, tile, call.device)
     text = f"({operands.size('X', 2)} + ROWS - 1) // ROWS"

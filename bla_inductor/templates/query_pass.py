@@ -40,6 +40,9 @@ def query_pass(
     tile = heuristics.query_pass_tile(*sizes)
     if x.q_norm is None and not has_rows(call.maps["q"]):
         tile = heuristics.in_two_pieces("query", call.dtype, *sizes) or tile
+    if x.q_norm is None:
+        elements = arguments.product(batch) * call.N * D
+        tile = arguments.for_large("query", tile, sizes[:3], precision, elements, (x.q, do))
     wanted_sums = _sums_needed(call, wanted)
     tensors: dict[str, Any] = {
         "DO": (do, 2),
