@@ -139,7 +139,14 @@ def output_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Ti
 
 
 @cache
-def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> Tile:
+def query_pass_tile(
+    D: int,
+    DV: int,
+    DN: int,
+    precision: str,
+    capability: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tile:
     """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both
     BLOCK_D × BLOCK_V.
     """
@@ -153,7 +160,7 @@ def query_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -
             if not fused_query_pass(D, DV, precision, capability) or capability < 9:
                 return Tile(32, d, v, block(DN), 8, 2, 2)
             return Tile(64, d, v, block(DN), 8 if precision == "pair" and d > 32 else 4, 3, 2)
-        if capability == 9 and max(D, DV) <= 96:  # 128 would spill
+        if capability == 9 and max(D, DV) <= 96 and dtype != torch.float16:  # which would spill
             return Tile(16, d, v, block(DN), 4, 3, 2)
         return Tile(32, d, v, block(DN), 8, 3, 1)
     return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)

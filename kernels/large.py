@@ -1,7 +1,7 @@
 """Launch parameters for large tensors on sm_90, most of them with descriptors (tiles.py).
 
-From sweeps on an H100 over 4 to 168 MiB a tensor, bf16 and fp16, elu + 1 inside
-(docs/performance.md). What is not in the tables keeps the tile of heuristics.py: up to 32 features
+From sweeps on an H100 over 2 to 256 MiB a tensor, bf16 and fp16, elu + 1 inside
+(docs/performance.md). What is not in the table keeps the tile of heuristics.py: up to 32 features
 rows are too short for descriptors to pay, and the output and key passes of most head dims gain
 nothing.
 """
@@ -13,7 +13,7 @@ from bla_inductor.kernels.heuristics import Tile, block
 
 from bla_inductor import compat
 
-LARGE = 16 << 20  # bytes of a tensor of queries; below, making a descriptor takes what it saves
+MIB = 1 << 20
 
 
 def for_large(
@@ -34,25 +34,33 @@ def for_large(
     D = sizes[0]
     if sizes != (D, D, D) or precision != "native" or capability != 9 or 0 in steps:
         return tile
-    chosen = tile if elements * dtype.itemsize < LARGE else _large(kernel, D, tile)
-    return tile if chosen.TMA and not compat.gives_kernels_memory() else chosen
+    least, large = _large(kernel, D, tile.REST, dtype)
+    if large is None or elements * dtype.itemsize < least * MIB:
+        return tile
+    return tile if large.TMA and not compat.gives_kernels_memory() else large
 
 
 @cache
-def _large(kernel: str, D: int, tile: Tile) -> Tile:
+def _large(kernel: str, D: int, rest: int, dtype: torch.dtype) -> tuple[int, Tile | None]:
+    """(MiB of a tensor from which on it pays, the tile)."""
     d = block(D)
-    if not 32 < D <= 128:
-        return tile
-    if kernel == "state":
-        if D <= 64:
-            return Tile(64, d, d, d, 4, 4, 1, TMA=True)
-        return Tile(64, d, d, d, 8, 4 if D <= 80 else 3, 1, TMA=True)
+    if kernel == "state" and D > 128:
+        narrow = Tile(32, d, 64, d, 4, 3, 2, TMA=True)
+        return 8, narrow if D <= 192 else Tile(32, d, 128, d, 8, 3, 1, TMA=True)
+    if kernel == "state" and D > 64:
+        return 2, Tile(64, d, d, d, 8, 4 if D <= 80 else 3, 1, TMA=True)
+    if kernel == "state" and D > 32:
+        return 32, Tile(64, d, d, d, 4, 4, 1, TMA=True)
+    if kernel == "output" and 128 < D <= (256 if dtype == torch.bfloat16 else 192):
+        return 8, Tile(64, d, d, d, 8, 2, 1, TMA=True)  # φ once, not for each tile of Dv
     if kernel == "output" and 64 < D <= 80:
-        return Tile(128, d, d, d, 8, 4, 1, TMA=True)
-    if kernel == "query" and D >= 64:
-        if tile.REST:
-            return Tile(32, 64, 64, 64, 4, 3, 2, tile.REST, TMA=True)
-        return Tile(64 if D == 64 else 16, d, d, d, 4, 3, 2, TMA=True)
+        return 32, Tile(128, d, d, d, 8, 4, 1, TMA=True)
+    if kernel == "query" and rest:
+        return 4, Tile(32, 64, 64, 64, 4, 3, 2, rest, TMA=True)
+    if kernel == "query" and D == 64:
+        return 8, Tile(64, d, d, d, 4, 3, 2, TMA=True)
+    if kernel == "query" and 64 < D <= 128 and dtype == torch.bfloat16:
+        return 4 if D <= 96 else 32, Tile(16, d, d, d, 4, 3, 2, TMA=True)
     if kernel == "key" and D == 64:
-        return Tile(128, d, d, d, 8, 3, 4)
-    return tile
+        return 64, Tile(128, d, d, d, 8, 3, 4)
+    return 0, None

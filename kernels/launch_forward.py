@@ -190,10 +190,11 @@ def apply_state(
     batch = out.shape[:-2]
     capability = heuristics.capability(x.device)
     tile = heuristics.output_tile(D, DV, DN, precision, capability)
-    elements = batch.numel() * N * D
-    tile = for_large(
-        "output", tile, (D, DV, DN), x.dtype, precision, capability, elements, (x.stride(-2),)
-    )
+    if bias is None and weight is None and raw is None:
+        tile = for_large(
+            "output", tile, (D, DV, DN), x.dtype, precision, capability, batch.numel() * N * D,
+            (x.stride(-2),),
+        )  # fmt: skip
     raw_map = raw_map or Map()
     tiles = -(-DV // tile.BLOCK_V)
     partial = None

@@ -36,7 +36,9 @@ def accumulate_state(
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
 ):  # fmt: skip
-    """(state, key_sum) of rows first … last; the pointers are those of row `first`."""
+    """(state, key_sum) of rows first … last; the pointers are those of row `first`. No TMA with a
+    WEIGHT: rows that it drops are not read, which takes a mask.
+    """
     # A product with `in_columns`, where the user's graph rounds the sum to 16 bits anyway.
     TENSOR_SUMS: tl.constexpr = NORM == "coupled" and PRECISION == "native" and not EXACT
     state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
@@ -44,19 +46,17 @@ def accumulate_state(
         sums = tl.zeros((BLOCK_D, 16), tl.float32)
     else:  # one row of sums for each row of a tile: added up across threads at the end only
         sums = tl.zeros((BLOCK_N, BLOCK_DN), tl.float32)
-    # Rows that a weight drops are not read, which takes a mask.
-    BY_TMA: tl.constexpr = TMA and WEIGHT == "none"
-    k_tiles = tiles_of(k_ptr, last - first, skn, D, BLOCK_N, BLOCK_D, BY_TMA)
-    v_tiles = tiles_of(v_ptr, last - first, svn, DV, BLOCK_N, BLOCK_V, BY_TMA)
+    k_tiles = tiles_of(k_ptr, last - first, skn, D, BLOCK_N, BLOCK_D, TMA)
+    v_tiles = tiles_of(v_ptr, last - first, svn, DV, BLOCK_N, BLOCK_V, TMA)
     for n in range(0, last - first, BLOCK_N):
         state, sums = _add_tile(
             k_tiles, v_tiles, n_ptr, a_ptr,
             b_ptr, state, sums, n, last - first - n, tile,
             skn, skd, svn, svd, snn, snd, san,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS, BY_TMA,
+            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS, TMA,
         )  # fmt: skip
-        if not BY_TMA:
+        if not TMA:
             k_tiles += BLOCK_N * skn
             v_tiles += BLOCK_N * svn
         n_ptr += BLOCK_N * snn

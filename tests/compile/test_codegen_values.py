@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bla_inductor.kernels import heuristics, large, short_heuristics
 
-from bla_inductor import lowering
+from bla_inductor import compat, lowering
+from bla_inductor.templates import arguments
 from tests.compile import nogpu
 
 pytest.importorskip("triton")
@@ -171,11 +174,11 @@ CASES = {
 }
 
 
-def test_values_in_the_interpreter(tmp_path: Path) -> None:
+def assert_equal(cases: dict[str, Case], folder: Path) -> None:
     """Every result of every case equals the operators' plain path."""
     files = []
-    for name, case in CASES.items():
-        files.append(tmp_path / f"{name.replace(' ', '_')}.pt")
+    for name, case in cases.items():
+        files.append(folder / f"{name.replace(' ', '_')}.pt")
         case.save(files[-1])
     program = Path(__file__).with_name("interpreted_graphs.py")
     done = subprocess.run(
@@ -187,4 +190,40 @@ def test_values_in_the_interpreter(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    assert done.stdout.count("equal") == len(CASES)
+    assert done.stdout.count("equal") == len(cases)
+
+
+def test_values_in_the_interpreter(tmp_path: Path) -> None:
+    assert_equal(CASES, tmp_path)
+
+
+def test_values_of_tiles_by_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rows and columns beyond the last, in whole tiles and not."""
+    monkeypatch.setattr(large, "MIB", 0)
+    for name in ("short_forward_parts", "short_backward_parts"):
+        monkeypatch.setattr(short_heuristics, name, lambda *_: 0)
+    maps = formula(q_map=RELU, k_map=RELU)
+    cases = {
+        "64": Case([(2, 2, 150, 64)] * 3, maps, fp16, order=TOKENS_LAST),
+        "72": Case([(1, 2, 300, 72)] * 3, maps, fp16, symbolic=(300,)),
+        "whole": Case([(1, 2, 256, 72)] * 3, maps, fp16),
+    }
+    assert_equal(cases, tmp_path)
+    text = nogpu.code(cases["72"].function, cases["72"].make)
+    assert text.count("TMA=True") == 1  # the state; in fp16 the query pass has pointers
+    assert "TMA : tl.constexpr = True" in text  # the output
+
+
+def test_without_memory_for_them_there_are_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "MIB", 0)
+    case = Case([(1, 2, 5000, 72)] * 3, formula(q_map=RELU, k_map=RELU), fp16)
+    monkeypatch.setattr(compat, "gives_kernels_memory", lambda: False)
+    assert "TMA=True" not in nogpu.code(case.function, case.make)
+
+
+def test_generated_cpp_has_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not give kernels the memory that they take."""
+    graph = types.SimpleNamespace(cpp_wrapper=True)
+    monkeypatch.setattr(arguments, "V", types.SimpleNamespace(graph=graph))
+    tile = heuristics.state_tile(64, 64, 64, "native", 9)
+    assert arguments.for_large("state", tile, (64, 64, 64), "native", 1 << 30, ()) is tile

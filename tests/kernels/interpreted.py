@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "ops"))
-from bla_inductor.kernels import heuristics, launching, short_heuristics
+from bla_inductor.kernels import heuristics, large, launching, short_heuristics
 from linear_attention_formula import (
     FACTOR,
     NAMES,
@@ -234,12 +234,18 @@ def pieces_seen(monkeypatch):
     interpreter has no bf16.
     """
     monkeypatch.setattr(heuristics, "IN_TWO_PIECES", (fp16,))
+    return constants_seen(monkeypatch, "REST")
+
+
+def constants_seen(monkeypatch, name):
+    """The largest constant `name` of the launches by kernel, once kernels have run."""
     seen = {}
     original = launching.run
 
     def run(kernel, *args, **constants):
-        if "REST" in constants:
-            seen[kernel.fn.__name__] = constants["REST"]
+        if name in constants:
+            before = seen.get(kernel.fn.__name__, 0)
+            seen[kernel.fn.__name__] = max(before, constants[name])
         return original(kernel, *args, **constants)
 
     monkeypatch.setattr(launching, "run", run)
@@ -368,3 +374,47 @@ def test_fp16_state_does_not_overflow():
         needs=[False, True, True, False, False, False],
     )
     assert all(value.isfinite().all() for value in ours.values())
+
+
+STATE, OUTPUT, QUERY = "state_kernel", "output_kernel", "query_pass_kernel"
+
+
+@pytest.mark.parametrize("normalizer", ["none", "add"])
+@pytest.mark.parametrize(
+    ("d", "by_descriptors"),
+    [(40, {STATE}), (64, {STATE, QUERY}), (72, {STATE, OUTPUT, QUERY}), (160, {STATE, OUTPUT})],
+)
+def test_descriptors(d, by_descriptors, normalizer, monkeypatch):
+    """Tiles with rows and columns beyond the last, read as a whole: 0 there."""
+    in_several_launches(monkeypatch)
+    monkeypatch.setattr(large, "MIB", 0)
+    monkeypatch.setattr(heuristics, "IN_TWO_PIECES", (fp16,))
+    seen = constants_seen(monkeypatch, "TMA")
+    tensors, do = inputs(150, 130, d, d, fp16, signed)
+    check(tensors, do, maps=(ELU1, ELU1, "", ""), normalizer=normalizer)
+    assert {kernel for kernel, tma in seen.items() if tma} == by_descriptors
+
+
+@pytest.mark.parametrize("weight", [torch.bool, fp16])
+def test_rows_that_a_weight_drops_are_not_read_by_descriptors(weight, monkeypatch):
+    in_several_launches(monkeypatch)
+    monkeypatch.setattr(large, "MIB", 0)
+    seen = constants_seen(monkeypatch, "TMA")
+    tensors, do = inputs(70, 85, 64, 64, fp16, signed)
+    if weight == torch.bool:
+        key_weight = torch.rand(1, 2, 85) > 0.3
+    else:
+        key_weight = torch.rand(1, 2, 85).to(weight)
+    check((*tensors, None, None, key_weight), do, maps=(ELU1, ELU1, "", ""))
+    assert not seen[STATE]
+
+
+def test_no_descriptor_steps_by_nothing(monkeypatch):
+    """One key, repeated without being copied."""
+    in_several_launches(monkeypatch)
+    monkeypatch.setattr(large, "MIB", 0)
+    seen = constants_seen(monkeypatch, "TMA")
+    (q, k, v), do = inputs(70, 85, 64, 64, fp16, signed)
+    check((q, k[..., :1, :].expand_as(k), v), do, maps=(ELU1, ELU1, "", ""))
+    assert not seen[STATE]
+    assert seen[QUERY]
