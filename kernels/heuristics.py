@@ -61,7 +61,9 @@ def in_two_pieces(
     if dtype not in IN_TWO_PIECES or (kernel == "query" and rest > 16):
         return None
     if kernel == "key":
-        return Tile(64, 64, 64, 64, 4, 3, 1, rest)
+        if rest > 16:
+            return Tile(64, 64, 64, 64, 4, 3, 1, rest)
+        return Tile(128, 64, 64, 64, 8, 3, 1, rest)
     return Tile(64, 64, 64, 64, 4, 3, 2, rest)
 
 

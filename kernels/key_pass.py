@@ -21,7 +21,6 @@ from bla_inductor.kernels.common import (
     tile_range,
     wait_for_previous,
 )
-from bla_inductor.kernels.tiles import load_tile, tiles_of
 from bla_inductor.kernels.two_pieces import key_pass_in_two
 
 
@@ -35,7 +34,7 @@ def key_gradients(
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
+    PRECISION: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of rows first … last, whose first the pointers are for."""
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
@@ -47,33 +46,30 @@ def key_gradients(
         for_dk, factor_dk = held(tl.trans(dstate), 0, DTYPE, PRECISION)
     if NEED_DV:
         for_dv, factor_dv = held(dstate, 0, DTYPE, PRECISION)
-    k_tiles = tiles_of(k_ptr, last - first, skn, D, BLOCK_N, BLOCK_D, TMA)
-    v_tiles = tiles_of(v_ptr, last - first, svn, DV, BLOCK_N, BLOCK_V, TMA)
     for n in range(0, last - first, BLOCK_N):
         _write_tile(
-            k_tiles, v_tiles, n_ptr, a_ptr,
+            k_ptr, v_ptr, n_ptr, a_ptr,
             dk_ptr, dv_ptr, dn_ptr, da_ptr,
-            for_dk, factor_dk, for_dv, factor_dv, dsum, n, last - first - n,
+            for_dk, factor_dk, for_dv, factor_dv, dsum, last - first - n,
             skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
             NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
-            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG, TMA,
+            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip
         dk_ptr += BLOCK_N * sdkn
         dv_ptr += BLOCK_N * sdvn
         dn_ptr += BLOCK_N * sdnn
         da_ptr += BLOCK_N * sdan
-        if not TMA:
-            k_tiles += BLOCK_N * skn
-            v_tiles += BLOCK_N * svn
+        k_ptr += BLOCK_N * skn
+        v_ptr += BLOCK_N * svn
         n_ptr += BLOCK_N * snn
         a_ptr += BLOCK_N * san
 
 
 @triton.jit
 def _write_tile(
-    k_tiles, v_tiles, n_ptr, a_ptr, dk_ptr, dv_ptr, dn_ptr, da_ptr,
-    for_dk, factor_dk, for_dv, factor_dv, dsum, n, left,
+    k_ptr, v_ptr, n_ptr, a_ptr, dk_ptr, dv_ptr, dn_ptr, da_ptr,
+    for_dk, factor_dk, for_dv, factor_dv, dsum, left,
     skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
     D: tl.constexpr, DV: tl.constexpr, DN: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -81,9 +77,10 @@ def _write_tile(
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of the tile of row n, of which `left` rows are left."""
+    """Write the gradients of one tile, of which `left` rows are left."""
+    DTYPE: tl.constexpr = k_ptr.dtype.element_ty
     NEED_K: tl.constexpr = NEED_DV or NEED_DW or (NEED_DK and K_MAP_GRAD is not None)
     NEED_KN: tl.constexpr = NORM == "decoupled" and (
         NEED_DW or (NEED_DKN and KN_MAP_GRAD is not None)
@@ -104,16 +101,16 @@ def _write_tile(
     v_mask = tile_mask(inside, rv, DV, BLOCK_V, False)
     n_mask = tile_mask(inside, rdn, DN, BLOCK_DN, False)
     if NEED_K:
-        raw = load_tile(k_tiles, n, 0, rn, rd, skn, skd, k_mask, TMA)
+        raw = tl.load(k_ptr + rn[:, None] * skn + rd[None, :] * skd, mask=k_mask, other=0.0)
         k = operand(raw, columns, K_MAP)
     if NEED_KN:
         raw_n = tl.load(n_ptr + rn[:, None] * snn + rdn[None, :] * snd, mask=n_mask, other=0.0)
     if NEED_DW:
         dw = tl.zeros((BLOCK_N,), tl.float32)
     if NEED_DK or NEED_DW:
-        v = load_tile(v_tiles, n, 0, rn, rv, svn, svd, v_mask, TMA)
+        v = tl.load(v_ptr + rn[:, None] * svn + rv[None, :] * svd, mask=v_mask, other=0.0)
         dk = product(v, for_dk, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), PRECISION)
-        dk = scaled(dk, factor_dk, v.dtype, PRECISION)
+        dk = scaled(dk, factor_dk, DTYPE, PRECISION)
         if NORM == "coupled":
             dk += dsum[None, :]
         if NEED_DW:
@@ -132,7 +129,7 @@ def _write_tile(
             )
     if NEED_DV:
         dv = product(k, for_dv, tl.zeros((BLOCK_N, BLOCK_V), tl.float32), PRECISION)
-        dv = scaled(dv, factor_dv, k.dtype, PRECISION)
+        dv = scaled(dv, factor_dv, DTYPE, PRECISION)
         if WEIGHT == "float":
             dv *= a[:, None]
         elif WEIGHT == "mask":
@@ -185,7 +182,6 @@ def key_pass_kernel(
     PRECISION: tl.constexpr,
     REST: tl.constexpr,  # columns beyond BLOCK_D and BLOCK_V: see two_pieces.py
     BIG: tl.constexpr,
-    TMA: tl.constexpr,  # see tiles.py
     PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -206,7 +202,7 @@ def key_pass_kernel(
             DV_OUT + b0 * sdv0 + b1 * sdv1 + first64 * sdvn,
             DSTATE + b0 * ss0 + b1 * ss1, DSUM + b0 * sz0 + b1 * sz1,
             first, last, skn, skd, svn, svd, sdkn, sdkd, sdvn, sdvd,
-            D, BLOCK_D, REST, BLOCK_N, NORM, NEED_DK, NEED_DV, K_MAP, K_MAP_GRAD, BIG, TMA,
+            D, BLOCK_D, REST, BLOCK_N, NORM, NEED_DK, NEED_DV, K_MAP, K_MAP_GRAD, BIG,
         )  # fmt: skip
     else:
         cd = tl.arange(0, BLOCK_D)
@@ -233,5 +229,5 @@ def key_pass_kernel(
             skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
             NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
-            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG, TMA,
+            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip

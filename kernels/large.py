@@ -1,9 +1,9 @@
 """Launch parameters for large tensors on sm_90, most of them with descriptors (tiles.py).
 
 From sweeps on an H100 over 2 to 256 MiB a tensor, bf16 and fp16, elu + 1 inside
-(docs/performance.md). What is not in the table keeps the tile of heuristics.py: up to 32 features
+(docs/performance.md). What is not in the table keeps the tile of heuristics.py: below 64 features
 rows are too short for descriptors to pay, and the output and key passes of most head dims gain
-nothing.
+nothing, nor do the passes in two pieces.
 """
 
 from functools import cache
@@ -49,17 +49,15 @@ def _large(kernel: str, D: int, rest: int, dtype: torch.dtype) -> tuple[int, Til
         return 8, narrow if D <= 192 else Tile(32, d, 128, d, 8, 3, 1, TMA=True)
     if kernel == "state" and D > 64:
         return 2, Tile(64, d, d, d, 8, 4 if D <= 80 else 3, 1, TMA=True)
-    if kernel == "state" and D > 32:
+    if kernel == "state" and D == 64:
         return 32, Tile(64, d, d, d, 4, 4, 1, TMA=True)
     if kernel == "output" and 128 < D <= (256 if dtype == torch.bfloat16 else 192):
         return 8, Tile(64, d, d, d, 8, 2, 1, TMA=True)  # φ once, not for each tile of Dv
     if kernel == "output" and 64 < D <= 80:
         return 32, Tile(128, d, d, d, 8, 4, 1, TMA=True)
-    if kernel == "query" and rest:
-        return 4, Tile(32, 64, 64, 64, 4, 3, 2, rest, TMA=True)
     if kernel == "query" and D == 64:
         return 8, Tile(64, d, d, d, 4, 3, 2, TMA=True)
-    if kernel == "query" and 64 < D <= 128 and dtype == torch.bfloat16:
+    if kernel == "query" and 64 < D <= 128 and dtype == torch.bfloat16 and not rest:
         return 4 if D <= 96 else 32, Tile(16, d, d, d, 4, 3, 2, TMA=True)
     if kernel == "key" and D == 64:
         return 64, Tile(128, d, d, d, 8, 3, 4)

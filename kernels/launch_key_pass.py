@@ -80,7 +80,6 @@ def key_pass(
         PRECISION=precision,
         REST=tile.REST,
         BIG=operands.big(tile.BLOCK_N),
-        TMA=tile.TMA,
         **launching.blocks(tile),
         tile=tile,
         pdl=True,

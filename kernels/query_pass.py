@@ -241,7 +241,7 @@ def query_pass_kernel(
             DSTATE + slot64 * DSTATE_STRIDE, DSUM + slot64 * DSUM_STRIDE,
             first, last, scale, norm_scale, eps, sgn, sgd, sqn, sqd, sdqn, sdqd,
             D, BLOCK_D, REST, BLOCK_N, NORMALIZER,
-            NEED_DQ, NEED_DSTATE, NEED_DSUM, Q_MAP, Q_MAP_GRAD, BIG, TMA,
+            NEED_DQ, NEED_DSTATE, NEED_DSUM, Q_MAP, Q_MAP_GRAD, BIG,
         )  # fmt: skip
     else:
         cd = tl.arange(0, BLOCK_D)

@@ -28,7 +28,6 @@ from bla_inductor.kernels.common import (
     tile_range,
     weighted_rows,
 )
-from bla_inductor.kernels.tiles import load_tile, tiles_of
 
 
 @triton.jit
@@ -37,13 +36,13 @@ def _columns(P: tl.constexpr, REST: tl.constexpr, BIG: tl.constexpr):
 
 
 @triton.jit
-def _load(tiles1, tiles2, n, rn, inside, sn, sd, D: tl.constexpr, P: tl.constexpr,
-          REST: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    c1 = tile_range(P, BIG)
-    c2 = tile_range(REST, BIG) + P
-    mask = inside[:, None] & (c2 < D)[None, :]
-    x1 = load_tile(tiles1, n, 0, rn, c1, sn, sd, inside[:, None], TMA)
-    return x1, load_tile(tiles2, n, P, rn, c2, sn, sd, mask, TMA)
+def _load(pointer, rn, inside, sn, sd, D: tl.constexpr, P: tl.constexpr, REST: tl.constexpr,
+          BIG: tl.constexpr):  # fmt: skip
+    c1, c2 = _columns(P, REST, BIG)
+    rows = pointer + rn[:, None] * sn
+    x1 = tl.load(rows + c1 * sd, mask=inside[:, None], other=0.0)
+    x2 = tl.load(rows + c2 * sd, mask=inside[:, None] & (c2 < D), other=0.0)
+    return x1, x2
 
 
 @triton.jit
@@ -128,7 +127,7 @@ def query_pass_in_two(
     D: tl.constexpr, P: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMALIZER: tl.constexpr,
     NEED_DQ: tl.constexpr, NEED_DSTATE: tl.constexpr, NEED_DSUM: tl.constexpr,
-    Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr,
+    Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     """Write dq of rows first … last, whose first the pointers are for, and their dstate, dsum."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
@@ -150,14 +149,10 @@ def query_pass_in_two(
     dsum1 = tl.zeros((P, 16), tl.float32)
     dsum2 = tl.zeros((REST, 16), tl.float32)
     rn = tile_range(BLOCK_N, BIG)
-    q1_tiles = tiles_of(q_ptr, last - first, sqn, D, BLOCK_N, P, TMA)
-    q2_tiles = tiles_of(q_ptr, last - first, sqn, D, BLOCK_N, REST, TMA)
-    do1_tiles = tiles_of(do_ptr, last - first, sgn, D, BLOCK_N, P, TMA)
-    do2_tiles = tiles_of(do_ptr, last - first, sgn, D, BLOCK_N, REST, TMA)
     for n in range(0, last - first, BLOCK_N):
         inside = rn < last - first - n
-        raw1, raw2 = _load(q1_tiles, q2_tiles, n, rn, inside, sqn, sqd, D, P, REST, BIG, TMA)
-        do1, do2 = _load(do1_tiles, do2_tiles, n, rn, inside, sgn, sgd, D, P, REST, BIG, TMA)
+        raw1, raw2 = _load(q_ptr, rn, inside, sqn, sqd, D, P, REST, BIG)
+        do1, do2 = _load(do_ptr, rn, inside, sgn, sgd, D, P, REST, BIG)
         c2 = (tl.arange(0, REST) + P)[None, :]
         q1 = mapped(raw1, tl.full((1, 1), True, tl.int1), Q_MAP)
         q2 = mapped(raw2, c2 < D, Q_MAP)
@@ -193,11 +188,8 @@ def query_pass_in_two(
             parts, parts_factor = in_columns(ratio, raw1.dtype)
             dsum1 = add_product(rows1, parts, factor * parts_factor, dsum1)
             dsum2 = add_product(rows2, parts, factor * parts_factor, dsum2)
-        if not TMA:
-            q1_tiles += BLOCK_N * sqn
-            q2_tiles += BLOCK_N * sqn
-            do1_tiles += BLOCK_N * sgn
-            do2_tiles += BLOCK_N * sgn
+        q_ptr += BLOCK_N * sqn
+        do_ptr += BLOCK_N * sgn
         dq_ptr += BLOCK_N * sdqn
     if NEED_DSTATE:
         _store_blocks(dstate_ptr, d11, d12, tl.trans(d21), d22, D, P, REST)
@@ -212,7 +204,7 @@ def key_pass_in_two(
     skn, skd, svn, svd, sdkn, sdkd, sdvn, sdvd,
     D: tl.constexpr, P: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr,
-    K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr,
+    K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     """Write dk, dv of rows first … last, whose first the pointers are for."""
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
@@ -230,16 +222,12 @@ def key_pass_in_two(
     if NORM != "none":
         sum1, sum2 = _load_vector(dsum_ptr, D, P, REST)
     rn = tile_range(BLOCK_N, BIG)
-    k1_tiles = tiles_of(k_ptr, last - first, skn, D, BLOCK_N, P, TMA)
-    k2_tiles = tiles_of(k_ptr, last - first, skn, D, BLOCK_N, REST, TMA)
-    v1_tiles = tiles_of(v_ptr, last - first, svn, D, BLOCK_N, P, TMA)
-    v2_tiles = tiles_of(v_ptr, last - first, svn, D, BLOCK_N, REST, TMA)
     for n in range(0, last - first, BLOCK_N):
         inside = rn < last - first - n
         if NEED_DV or K_MAP_GRAD is not None:
-            raw1, raw2 = _load(k1_tiles, k2_tiles, n, rn, inside, skn, skd, D, P, REST, BIG, TMA)
+            raw1, raw2 = _load(k_ptr, rn, inside, skn, skd, D, P, REST, BIG)
         if NEED_DK:
-            v1, v2 = _load(v1_tiles, v2_tiles, n, rn, inside, svn, svd, D, P, REST, BIG, TMA)
+            v1, v2 = _load(v_ptr, rn, inside, svn, svd, D, P, REST, BIG)
             dk1 = _chain(v1, t11, ft11, v2, t12, ft12, P)
             dk2 = _chain(v1, t21, ft21, v2, t22, ft22, REST)
             if NORM != "none":
@@ -253,10 +241,7 @@ def key_pass_in_two(
             dv1 = _chain(k1, h11, fh11, k2, h21, fh21, P)
             dv2 = _chain(k1, h12, fh12, k2, h22, fh22, REST)
             _store(dv_ptr, dv1, dv2, rn, inside, sdvn, sdvd, D, P, REST, BIG)
-        if not TMA:
-            k1_tiles += BLOCK_N * skn
-            k2_tiles += BLOCK_N * skn
-            v1_tiles += BLOCK_N * svn
-            v2_tiles += BLOCK_N * svn
+        k_ptr += BLOCK_N * skn
+        v_ptr += BLOCK_N * svn
         dk_ptr += BLOCK_N * sdkn
         dv_ptr += BLOCK_N * sdvn

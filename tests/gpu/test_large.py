@@ -48,7 +48,7 @@ def tensors(d: int, dtype: torch.dtype, n: int = 1500, b: int = 2) -> list[torch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [40, 64, 72, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("d", [64, 72, 80, 96, 112, 128, 160, 192, 256])
 def test_operator(d: int, dtype: torch.dtype) -> None:
     args = tensors(d, dtype)
 
@@ -59,7 +59,7 @@ def test_operator(d: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("d", [64, 80, 128, 160])
+@pytest.mark.parametrize("d", [64, 80, 128])
 def test_compiled(d: int, mode: str) -> None:
     torch._dynamo.reset()
     run = torch.compile(attention, backend="bla", mode=mode, fullgraph=True)
