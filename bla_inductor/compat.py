@@ -89,6 +89,13 @@ def pipelines_inline_assembly() -> bool:
     return triton_version() >= (3, 9)
 
 
+def fits_sixteen_rows() -> bool:
+    """Whether the query pass of 65 to 128 features fits into registers in tiles of 16 rows with 4
+    warps: as Triton 3.6 compiles it, it does; as 3.9 does, 96 bytes spill.
+    """
+    return triton_version() < (3, 7)
+
+
 @cache
 def gives_kernels_memory() -> bool:
     """Whether a kernel may need memory of its own, as descriptors do (`kernels.tiles`).

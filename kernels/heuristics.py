@@ -148,6 +148,7 @@ def query_pass_tile(
     precision: str,
     capability: int,
     dtype: torch.dtype = torch.bfloat16,
+    decoupled: bool = False,
 ) -> Tile:
     """`query_pass_kernel`: state held and dstate accumulated (or not: `fused_query_pass`), both
     BLOCK_D × BLOCK_V.
@@ -162,9 +163,10 @@ def query_pass_tile(
             if not fused_query_pass(D, DV, precision, capability) or capability < 9:
                 return Tile(32, d, v, block(DN), 8, 2, 2)
             return Tile(64, d, v, block(DN), 8 if precision == "pair" and d > 32 else 4, 3, 2)
-        if capability == 9 and max(D, DV) <= 96 and dtype != torch.float16:  # which would spill
+        fits = dtype != torch.float16 and compat.fits_sixteen_rows()  # else it spills
+        if capability == 9 and max(D, DV) <= 96 and fits:
             return Tile(16, d, v, block(DN), 4, 3, 2)
-        return Tile(32, d, v, block(DN), 8, 3, 1)
+        return Tile(32, d, v, block(DN), 8, 2 if decoupled else 3, 1)
     return Tile(32, d, v, block(DN), _warps(d, v, precision), 2)
 
 

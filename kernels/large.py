@@ -58,7 +58,8 @@ def _large(kernel: str, D: int, rest: int, dtype: torch.dtype) -> tuple[int, Til
     if kernel == "query" and D == 64:
         return 8, Tile(64, d, d, d, 4, 3, 2, TMA=True)
     if kernel == "query" and 64 < D <= 128 and dtype == torch.bfloat16 and not rest:
-        return 4 if D <= 96 else 32, Tile(16, d, d, d, 4, 3, 2, TMA=True)
+        rows, warps, resident = (16, 4, 2) if compat.fits_sixteen_rows() else (32, 8, 1)
+        return 4 if D <= 96 else 32, Tile(rows, d, d, d, warps, 3, resident, TMA=True)
     if kernel == "key" and D == 64:
         return 64, Tile(128, d, d, d, 8, 3, 4)
     return 0, None

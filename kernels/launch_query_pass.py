@@ -45,7 +45,7 @@ def query_pass(
     capability = heuristics.capability(q.device)
     fused = heuristics.fused_query_pass(D, DV, precision, capability)
     sizes = D, DV, DN, precision, capability
-    tile = heuristics.query_pass_tile(*sizes, q.dtype)
+    tile = heuristics.query_pass_tile(*sizes, q.dtype, q_norm is not None)
     if q_norm is None and maps[0].elementwise:
         tile = heuristics.in_two_pieces("query", q.dtype, *sizes) or tile
     if q_norm is None:

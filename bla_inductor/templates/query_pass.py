@@ -37,7 +37,7 @@ def query_pass(
     capability = heuristics.capability(device)
     fused = heuristics.fused_query_pass(D, DV, precision, capability)
     sizes = D, DV, DN, precision, capability
-    tile = heuristics.query_pass_tile(*sizes, call.dtype)
+    tile = heuristics.query_pass_tile(*sizes, call.dtype, x.q_norm is not None)
     if x.q_norm is None and not has_rows(call.maps["q"]):
         tile = heuristics.in_two_pieces("query", call.dtype, *sizes) or tile
     if x.q_norm is None:
