@@ -16,7 +16,7 @@ from torch import fx
 
 from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
 from bla_inductor.algebra import Axes, Axis, Index, Observation, Read, Term, Value, product
-from bla_inductor.cost import KERNEL_LIMIT, Problem
+from bla_inductor.cost import KERNEL_LIMIT, Problem, reads_channels_first
 from bla_inductor.emit import Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Operand, Piece, Source
 from bla_inductor.ops.feature_map import has_rows
@@ -133,9 +133,10 @@ class Plan:
         def size(axis: Sequence[Index]) -> int:
             return seen.hint(product(i.size for i in axis))
 
-        apart = [name for name, o in self.operands.items() if not _beside(o, seen)]
-        passed = self.distinct()
         c, d = size(self.gathered.k.columns), size(self.d)
+        passed, either = self.distinct(), reads_channels_first(max(c, d))
+        readable = _readable_either_way if either else _beside
+        apart = [name for name, o in self.operands.items() if not readable(o, seen)]
         return Problem(
             batch=size(self.batch),
             n=size(self.n),
@@ -251,6 +252,19 @@ def _beside(operand: Operand, seen: Observation) -> bool:
     strides = seen.tensors[operand.source.node].stride()
     axes = zip(operand.source.axes, strides, strict=True)
     return any(operand.columns[-1:] == axis[-1:] and known(s == 1) for axis, s in axes)
+
+
+def _readable_either_way(operand: Operand, seen: Observation) -> bool:
+    """As `_beside`; or its rows are, in whole groups of 8 bytes (templates/tiles.py)."""
+    if operand.source is None or _beside(operand, seen):
+        return True
+    tensor = seen.tensors[operand.source.node]
+    axes = zip(operand.source.axes, tensor.shape, tensor.stride(), strict=True)
+    group = max(1, 8 // tensor.dtype.itemsize)
+    return any(
+        operand.rows[-1:] == axis[-1:] and known(s == 1) and known(n % group == 0)
+        for axis, n, s in axes
+    )
 
 
 def _is_given(operand: Operand, seen: Observation) -> bool:

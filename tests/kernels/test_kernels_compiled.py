@@ -6,14 +6,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import ahead_of_time
-from bla_inductor.kernels import heuristics
+from bla_inductor.kernels import (
+    heuristics,
+    launch_backward,
+    launch_forward,
+    launch_key_pass,
+    launch_query_pass,
+)
 
 from bla_inductor import kernels
 from bla_inductor.ops.layout import key_batch
@@ -42,9 +50,15 @@ POINTS = [
 ]
 
 
-def _launches(d, dtype, out_dtype, capability, decoupled=False, upcast=False, phi=ELU1, n=4096):
+def _tokens(n, features, dtype):
+    return torch.empty(8, n, 16, features, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _launches(
+    d, dtype, out_dtype, capability, decoupled=False, upcast=False, phi=ELU1, n=4096, lay=_tokens
+):
     def make(features, dtype=dtype):
-        return torch.empty(8, n, 16, features, dtype=dtype, device="meta").transpose(1, 2)
+        return lay(n, features, dtype)
 
     def call():
         q, k, v, out = make(d), make(d), make(d), make(d, out_dtype)
@@ -90,6 +104,8 @@ def _spills(item, capability):
         return 0
     if constants["REST"]:
         return 512
+    if constants["GROUP"] > 1 and ahead_of_time.TRITON >= (3, 7):  # see `_in_groups`
+        return 8
     if capability != 90 or ahead_of_time.TRITON >= (3, 7):
         return 0
     return {("parts", 64): 16, ("native", 256): 8, ("tf32", 32): 8}.get(
@@ -135,6 +151,43 @@ def test_no_spills_in_tf32(d, pool):
         torch.set_float32_matmul_precision("highest")
     assert all(dict(item.constants).get("PRECISION", "tf32") == "tf32" for item in launches)
     _check(pool, [(item, 90) for item in launches])
+
+
+def _in_groups(item, size):
+    """A launch with GROUP, as templates make it for rows that are contiguous."""
+    constants = dict(item.constants) | {"GROUP": size}
+    if item.name == "query_pass_kernel" and constants["D"] > 32:
+        constants["BLOCK_N"] = min(constants["BLOCK_N"], 32)
+    divisible = (*item.divisible, "ROWS")
+    return replace(item, constants=tuple(constants.items()), divisible=divisible)
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype"), [(32, bf16), (64, bf16), (64, fp16), (128, bf16), (32, fp32)], ids=str
+)
+def test_contiguous_rows_are_read_16_bytes_at_a_time(d, dtype, pool, monkeypatch):
+    """Without spills, and with nothing read or written element by element."""
+
+    def channels_first(n, features, dtype):
+        return torch.empty(8, 16, features, n, dtype=dtype, device="meta").mT
+
+    tile = heuristics.state_tile
+    monkeypatch.setattr(heuristics, "state_tile", lambda *a: tile(*a[:5], plain=False))
+    for module in (launch_forward, launch_backward):
+        monkeypatch.setattr(module, "aligned", lambda x: x)
+    for module in (launch_forward, launch_query_pass, launch_key_pass):
+        monkeypatch.setattr(module, "for_large", lambda _, tile, *others: tile)
+    launches = _launches(d, dtype, dtype, 90, lay=channels_first)
+    made = [
+        _in_groups(item, 16 // dtype.itemsize)
+        for item in launches
+        if item.name in ("state_kernel", "query_pass_kernel", "key_pass_kernel")
+    ]
+    assert len(made) == 3
+    _check(pool, [(item, 90) for item in made])
+    narrow = re.compile(r"(?:ld|st)\.global\.b16|cp\.async\.ca[^;]*, 0x4,")
+    for item in made:
+        assert not narrow.search(ahead_of_time.ptx(item, 90)), item.name
 
 
 @pytest.mark.parametrize(("d", "dtype", "out_dtype"), [(64, bf16, bf16), (32, bf16, fp32)])
