@@ -10,6 +10,9 @@ Factors beyond the declared operands join the operand whose letters cover theirs
 k), or stay outside when the result's letters cover them (a gate on the output). Where several would
 do, the one with which the factor already is a tensor of the graph (`known`) is taken. A divisor may
 be the normaliser although somebody divided an operand by it, so that is a second reading.
+
+An operand may be an outer product, x[n,i]·x[n,j], whose indices no factor has all: then it is a
+product that is a tensor of the graph.
 """
 
 from __future__ import annotations
@@ -67,19 +70,33 @@ class Contraction:
     def solve(self, term: Term, known: Known) -> Iterator[Roles | Unsplittable]:
         """All ways in which `term` is this contraction."""
         reads = [f for f in term.factors if isinstance(f, Read) and f.power == 1]
-        bound = frozenset(term.bound)
-        where = {r: r.indices() for r in reads}
-        if len(reads) < len(self.operands) or not bound:
+        if len(reads) < len(self.operands) or not term.bound:
             return
-        for chosen in itertools.permutations(reads, len(self.operands)):
+        single: list[tuple[Read, ...]] = [(read,) for read in reads]
+        found = list(self._readings(term, single, known))
+        if all(isinstance(r, Unsplittable) for r in found) and len(reads) > len(self.operands):
+            outer = [p for size in (2, 3) for p in itertools.combinations(reads, size) if known(p)]
+            found += self._readings(term, single + outer, known) if outer else []
+        yield from sorted(found, key=lambda roles: isinstance(roles, Unsplittable))
+
+    def _readings(
+        self, term: Term, cores: list[tuple[Read, ...]], known: Known
+    ) -> Iterator[Roles | Unsplittable]:
+        """The ways with one of `cores` for each operand."""
+        bound = frozenset(term.bound)
+        where = {core: frozenset[Index]().union(*(r.indices() for r in core)) for core in cores}
+        for chosen in itertools.permutations(cores, len(self.operands)):
+            taken = [id(read) for core in chosen for read in core]
+            if len(set(taken)) < len(taken):
+                continue
             letters = self._letters(
-                {n: where[r] for n, r in zip(self.operands, chosen, strict=True)}, bound
+                {n: where[core] for n, core in zip(self.operands, chosen, strict=True)}, bound
             )
             if letters is None:
                 continue
-            rest = [f for f in term.factors if not any(f is c for c in chosen)]
-            core = dict(zip(self.operands, chosen, strict=True))
+            rest = [f for f in term.factors if id(f) not in taken]
             for divided in (False, True):
+                core = dict(zip(self.operands, chosen, strict=True))
                 roles = self._assign(core, letters, rest, known, divided)
                 yield roles
                 if isinstance(roles, Unsplittable) or not any(map(_divisor, rest)):
@@ -117,7 +134,7 @@ class Contraction:
 
     def _assign(
         self,
-        core: dict[str, Read],
+        core: dict[str, tuple[Read, ...]],
         letters: dict[str, tuple[Index, ...]],
         rest: list[Factor],
         known: Known,
@@ -128,7 +145,7 @@ class Contraction:
         for factor in rest:  # an index that only extra factors carry is a batch index too
             batch += sorted(factor.indices() - carried - set(batch), key=lambda i: i.number)
         free = frozenset(batch)
-        groups: dict[str, list[Factor]] = {name: [read] for name, read in core.items()}
+        groups: dict[str, list[Factor]] = {name: list(reads) for name, reads in core.items()}
         outer: list[Factor] = []
         spans = {n: free.union(*(letters[x] for x in ls)) for n, ls in self.operands.items()}
         result = free.union(*(letters[x] for x in self.result))

@@ -18,6 +18,7 @@ from tests.compile import (
     spellings_divisors,
     spellings_in_place,
     spellings_masks,
+    spellings_outer,
     spellings_papers,
 )
 from tests.compile.further import FURTHER, NEAR_MISSES, Further
@@ -33,6 +34,7 @@ _ = (
     spellings_divisors,
     spellings_in_place,
     spellings_masks,
+    spellings_outer,
     spellings_papers,
 )
 
