@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from bla_inductor.algebra import Delta, Guard, Leaf, Observation, Read, Term, Value
+from bla_inductor.algebra.tiles import summands
 from bla_inductor.patterns import FAMILY
 from bla_inductor.report import Refusal, locate
 
@@ -22,6 +23,7 @@ aten = torch.ops.aten
 _MOST_STEPS = 6
 _SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
 _RANDOM = {"native_dropout", "bernoulli", "rand_like"}
+_SUMS = {"add", "add_"}
 _RUNNING = {"cumsum", "logcumsumexp", "cumprod"}
 
 
@@ -104,6 +106,11 @@ def _is_product(value: Value, running: bool = False) -> bool:
     return _contracts(value.term, 0 if running else 1)
 
 
+def _sums(value: Value) -> bool:
+    """A product, or a sum of some."""
+    return all(map(_is_product, summands(value)))
+
+
 def _contracts(term: Term, depth: int) -> bool:
     if any(isinstance(f, Guard) and _contracts(f.term, depth) for f in term.factors):
         return True
@@ -122,6 +129,13 @@ def _reason(leaf: Leaf) -> str:
         return (
             "a dropout stands between the two products, and every entry it drops is random; "
             "put it on the output, or call model.eval()"
+        )
+    parts = leaf.origin.args if leaf.origin is not None and name in _SUMS else ()
+    if len(parts) == 2 and all(isinstance(part, Value) and _sums(part) for part in parts):
+        return (
+            f"`{name}` adds up products (of chunks of the keys, say) before the next one; join "
+            "what they are of, torch.cat((k1, k2), -2).mT @ torch.cat((v1, v2), -2), or apply φ "
+            "before the keys are cut into chunks, all of which are added up"
         )
     return (
         f"`{name}` stands between the two products, so that they cannot be reordered; "

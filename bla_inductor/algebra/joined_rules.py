@@ -26,6 +26,7 @@ from bla_inductor.algebra.term import (
     leaf_value,
     multiply,
 )
+from bla_inductor.algebra.tiles import sliced
 
 __all__: list[str] = []
 
@@ -76,6 +77,14 @@ def _with_part(value: Value, read: Read, at: int, part: Value, dim: int) -> Valu
     return Value(multiply(whole.term, piece.term), axes, value.dtype)
 
 
+def _piece(value: Value, out: torch.Tensor, dim: int, start: Size) -> Value:
+    """A leaf that remembers of what it is a slice."""
+    shape = tuple(as_size(s) for s in out.shape)
+    fixed = all(leaf.fixed for leaf in value.term.leaves())
+    leaf = Leaf(shape, out.dtype, fixed, "slice")
+    return leaf_value(sliced(leaf, value, dim, start, selected=out.dim() < len(value.axes)))
+
+
 def _bound_at(at: Any, size: Size, default: Size) -> Size:
     if at is None:
         return default
@@ -103,18 +112,27 @@ def _slice(
         raise Unruled
     dim = dim % x.dim()
     size = as_size(x.shape[dim])
-    return _sliced(V(x), dim, _bound_at(start, size, 0), _bound_at(end, size, size), size)
+    first, last = _bound_at(start, size, 0), _bound_at(end, size, size)
+    return _sliced(V(x), dim, first, last, size) or _piece(V(x), out, dim, first)
 
 
 @rule(aten.select)
 def _select(V: Lookup, out: torch.Tensor, x: torch.Tensor, dim: int, index: int) -> Result:
-    dim = dim % x.dim()
+    return _entry(V(x), out, dim % x.dim(), index, as_size(x.shape[dim]))
+
+
+@rule(aten.unbind)
+def _unbind(V: Lookup, out: Any, x: torch.Tensor, dim: int = 0) -> Result:
     size = as_size(x.shape[dim])
+    return [_entry(V(x), tensor, dim % x.dim(), i, size) for i, tensor in enumerate(out)]
+
+
+def _entry(value: Value, out: torch.Tensor, dim: int, index: int, size: Size) -> Value:
     start = _bound_at(index, size, 0)
-    value = _sliced(V(x), dim, start, start + 1, size)
-    if value is None:
-        return None
-    return Value(value.term, value.axes[:dim] + value.axes[dim + 1 :], value.dtype)
+    found = _sliced(value, dim, start, start + 1, size)
+    if found is None:
+        return _piece(value, out, dim, start)
+    return Value(found.term, found.axes[:dim] + found.axes[dim + 1 :], found.dtype)
 
 
 @rule(aten.split, aten.split_with_sizes)
@@ -125,7 +143,8 @@ def _split(V: Lookup, out: Any, x: torch.Tensor, sizes: Any, dim: int = 0) -> Re
     offset: Size = 0
     for tensor in out:
         length = as_size(tensor.shape[dim])
-        pieces.append(_sliced(V(x), dim, offset, offset + length, size))
+        piece = _sliced(V(x), dim, offset, offset + length, size)
+        pieces.append(piece or _piece(V(x), tensor, dim, offset))
         offset = offset + length
     return pieces
 

@@ -18,6 +18,7 @@ from bla_inductor.algebra.recorded import NotOne, Recorded, tensors_in, written
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
 from bla_inductor.algebra.standin import stand_in
 from bla_inductor.algebra.term import Leaf, Origin, Read, Term, Value, leaf_value
+from bla_inductor.algebra.tiles import summands
 
 __all__ = ["Observer", "Reshaped"]
 
@@ -255,7 +256,7 @@ class Observer(TorchDispatchMode):
     def _added_in_place(self, packet: Any, args: Any, kwargs: Any) -> Origin | None:
         """The origin of what `product += x` leaves: nothing is computed of it, but reasons are."""
         pure = {torch.ops.aten.add_: torch.ops.aten.add, torch.ops.aten.sub_: torch.ops.aten.sub}
-        if packet not in pure or not self.value(args[0]).term.bound:
+        if packet not in pure or not any(v.term.bound for v in summands(self.value(args[0]))):
             return None
         return self._origin(pure[packet], args, kwargs)
 

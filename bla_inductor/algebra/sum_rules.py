@@ -17,6 +17,7 @@ from bla_inductor.algebra.product_rules import bmm, contract, div, mm, mul, mv, 
 from bla_inductor.algebra.registry import Lookup, Result, number, rule, scalar
 from bla_inductor.algebra.signs import nonnegative
 from bla_inductor.algebra.term import Guard, Leaf, Origin, Term, Value, guarded, leaf_value
+from bla_inductor.algebra.tiles import tiled
 
 __all__ = ["added"]
 
@@ -35,7 +36,16 @@ def _add(V: Lookup, out: torch.Tensor, x: Any, y: Any, *, alpha: Any = 1) -> Res
         found = _guarded_by(V(one), eps * factor, out)
         if found is not None:
             return found
+    if weight == 1 and isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+        return _tiled(V(x), V(y), out)
     return None
+
+
+def _tiled(a: Value, b: Value, out: torch.Tensor) -> Value | None:
+    if any(len(v.axes) != out.dim() or any(map(_other, v.axes, out.shape)) for v in (a, b)):
+        return None
+    value = tiled(a, b)
+    return None if value is None else Value(value.term, value.axes, out.dtype)
 
 
 @rule(aten.sub)

@@ -300,3 +300,9 @@ def dropout_on_the_scores(q, k, v):
 @program("`tanh` stands between the two products")
 def nonlinear_state(q, k, v):
     return q @ torch.tanh(k.mT @ v)
+
+
+@program("adds up products (of chunks of the keys, say)")
+def features_of_chunks(q, k, v):
+    state = sum(a.relu().mT @ b for a, b in zip(k.chunk(4, 2), v.chunk(4, 2), strict=True))
+    return q @ state

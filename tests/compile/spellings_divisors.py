@@ -241,9 +241,3 @@ def eps_on_the_state(q, k, v):
 @near_miss("`add` stands between", BND, BND, BND)
 def bias_on_the_scores(q, k, v):
     return torch.bmm(torch.baddbmm(v.new_ones(1, N, N).tril(), q, k.mT), v)
-
-
-@near_miss("`add` stands between")
-def states_of_chunks_added_one_by_one(q, k, v):
-    state = sum(a.mT @ b for a, b in zip(k.split(10, 2), v.split(10, 2), strict=True))
-    return q @ state

@@ -15,6 +15,7 @@ from bla_inductor.options import Options
 from bla_inductor.rewrite import rewrite
 from tests.compile import (
     spellings_around,
+    spellings_chunks,
     spellings_divisors,
     spellings_in_place,
     spellings_masks,
@@ -31,6 +32,7 @@ ROUNDINGS = 4.0
 # imported for the rows they add
 _ = (
     spellings_around,
+    spellings_chunks,
     spellings_divisors,
     spellings_in_place,
     spellings_masks,
