@@ -109,10 +109,7 @@ def _added(term: Term, known: Known, hint: Hint) -> Mismatch | None:
             inner = [f for f in factor.term.factors if isinstance(f, Read)]
             # Σk + eps has none of the value channels that kᵀv keeps
             if len(inner) > 1 and not factor.indices() <= others:
-                return Mismatch(
-                    "a number is added to the product kᵀv, or bounds it, before the product "
-                    "with q, so that the two cannot be reordered"
-                )
+                return _between(factor, factor.indices() & set(term.bound), hint)
         if not isinstance(factor, Read) or term.bound:
             continue
         summands = [v for v in _summands(factor.leaf) if len(v.term.bound) > 1]
@@ -130,6 +127,26 @@ def _added(term: Term, known: Known, hint: Hint) -> Mismatch | None:
                 "term and the division stay outside the operator"
             )
     return None
+
+
+def _between(guard: Guard, summed: frozenset[Index], hint: Hint) -> Mismatch:
+    """Why a first product with a number added, or a bound, cannot be reordered with the second.
+
+    The longer summed index is the sequence: the state kᵀv sums over it, the scores q·kᵀ do not.
+    """
+    inner, outer = (hint(product(i.size for i in axis)) for axis in (guard.term.bound, summed))
+    state = inner > outer
+    first, other = ("product kᵀv", "q") if state else ("scores q·kᵀ", "v")
+    if guard.kind == "clamp":
+        return Mismatch(
+            f"a number bounds the {first} before the product with {other}, so that the two cannot "
+            "be reordered; bound q, k, v or the result, if that is what is meant"
+        )
+    rest = "q.sum(-1, keepdim=True)" if state else "v.sum(-2, keepdim=True)"
+    return Mismatch(
+        f"a number is added to the {first} before the product with {other}; "
+        f"write q @ (k.mT @ v) + number * {rest}, of which the product is found"
+    )
 
 
 def _normalised_by(term: Term, found: LinearAttention) -> bool:

@@ -91,14 +91,24 @@ def multiplied_by_zero(q, k, v):
     return q @ ((k * 0.0).mT @ v)
 
 
-@program("a number is added to the product kᵀv, or bounds it")
+@program("a number is added to the product kᵀv before the product with q; write q @ (k.mT @ v) +")
 def number_added_to_the_state(q, k, v):
     return q @ (k.mT @ v + 1.0)
 
 
-@program("a number is added to the product kᵀv, or bounds it")
+@program("a number is added to the scores q·kᵀ before the product with v; write q @ (k.mT @ v) +")
+def number_added_to_the_scores(q, k, v):
+    return (1 + q @ k.mT) @ v / (k.shape[-2] + q @ k.sum(-2).unsqueeze(-1))
+
+
+@program("a number bounds the product kᵀv before the product with q")
 def clamped_state(q, k, v):
     return q @ (k.mT @ v).clamp(min=0)
+
+
+@program("a number bounds the scores q·kᵀ before the product with v")
+def clamped_scores(q, k, v):
+    return (q @ k.mT).clamp(min=0) @ v
 
 
 # The divisor

@@ -66,6 +66,16 @@ def two_terms_added(q, k, v):
     return (out + v.sum(2, keepdim=True) + n**0.5 * v) / (z + n + n**0.5)
 
 
+@further()
+def number_added_to_the_scores_apart(q, k, v):
+    return q @ (k.mT @ v) + 1.0 * v.sum(-2, keepdim=True)
+
+
+@further()
+def number_added_to_the_state_apart(q, k, v):
+    return q @ (k.mT @ v) + 1.0 * q.sum(-1, keepdim=True)
+
+
 # Shapes of tensors that are replaced.
 
 
