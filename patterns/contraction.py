@@ -45,10 +45,15 @@ class Roles:
 
 @dataclass(frozen=True, slots=True)
 class Unsplittable:
-    """The operands are there, but `factor` couples letters that no operand has together."""
+    """The operands are there, but `factor` couples letters that no operand has together.
+
+    beside: the other factors; keys: the indices of m.
+    """
 
     factor: Factor
     letters: tuple[str, ...]
+    beside: tuple[Factor, ...]
+    keys: tuple[Index, ...]
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ class Contraction:
                 coupled = tuple(
                     x for x, found in letters.items() if x and factor.indices() & set(found)
                 )
-                return Unsplittable(factor, coupled)
+                beside = (*itertools.chain(*core.values()), *(f for f in rest if f is not factor))
+                return Unsplittable(factor, coupled, beside, letters.get("m", ()))
             if divided and _divisor(factor) and factor.indices() <= result:
                 outer.append(factor)
             else:

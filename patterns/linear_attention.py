@@ -78,11 +78,13 @@ def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch 
     """
     term = value.term
     mismatch: Mismatch | None = None
+    coupled: Unsplittable | None = None
     best: LinearAttention | None = None
     notes: dict[tuple[Index, ...], str] = {}  # by the key indices, which tell the readings apart
     for roles in NUMERATOR.solve(term, known):
         if isinstance(roles, Unsplittable):
-            mismatch = mismatch or Mismatch(coupling(roles))
+            if coupled is None or _longer(roles.keys, coupled.keys, hint):
+                coupled = roles
             continue
         found = _complete(term, roles, known)
         if isinstance(found, Mismatch):
@@ -91,6 +93,8 @@ def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch 
         notes[found.m] = notes.get(found.m) or found.note
         if best is None or _better(found, best, hint):
             best = found
+    if best is None and mismatch is None and coupled is not None:
+        return Mismatch(coupling(coupled))
     if best is None:
         return mismatch or _added(term, known, hint)
     stray = [i for axis in value.axes for i in axis if i not in {*best.batch, *best.n, *best.d}]
@@ -134,8 +138,7 @@ def _between(guard: Guard, summed: frozenset[Index], hint: Hint) -> Mismatch:
 
     The longer summed index is the sequence: the state kᵀv sums over it, the scores q·kᵀ do not.
     """
-    inner, outer = (hint(product(i.size for i in axis)) for axis in (guard.term.bound, summed))
-    state = inner > outer
+    state = _longer(guard.term.bound, tuple(summed), hint)
     first, other = ("product kᵀv", "q") if state else ("scores q·kᵀ", "v")
     if guard.kind == "clamp":
         return Mismatch(
@@ -178,7 +181,11 @@ def _better(a: LinearAttention, b: LinearAttention, hint: Hint) -> bool:
     """The normaliser names the queries; else the longer summed index is the sequence."""
     if (a.normaliser is None) != (b.normaliser is None):
         return a.normaliser is not None
-    return hint(product(i.size for i in a.m)) > hint(product(i.size for i in b.m))
+    return _longer(a.m, b.m, hint)
+
+
+def _longer(a: tuple[Index, ...], b: tuple[Index, ...], hint: Hint) -> bool:
+    return hint(product(i.size for i in a)) > hint(product(i.size for i in b))
 
 
 def _complete(term: Term, roles: Roles, known: Known) -> LinearAttention | Mismatch:

@@ -128,10 +128,31 @@ def coupling(found: Unsplittable) -> str:
             "no operand can take it in"
         )
     name = f"`{factor.leaf}`" if isinstance(factor, Read | Mask) else "a divisor"
+    beside = {leaf for f in found.beside for leaf in f.leaves()}
+    if isinstance(factor, Read | Mask) and _made_of_product(factor.leaf, beside):
+        return (
+            f"{name} is made of the product that it multiplies, so that a function of that stands "
+            "between the two products, which cannot be reordered; apply it to q, k or v, or to the "
+            "result, if that is what is meant"
+        )
+    like = ", like a causal mask or a position bias" if found.letters == ("n", "m") else ""
     return (
         f"{name} couples the indices {letters}, which no one of q, k, v has "
-        "together, like a causal mask or a position bias: no operand can take it in"
+        f"together{like}: no operand can take it in"
     )
+
+
+def _made_of_product(leaf: Leaf, beside: set[Leaf]) -> bool:
+    """Whether `leaf` is a function of a sum of products of the tensors that it stands beside."""
+    pending, steps = [leaf], 0
+    while pending and steps < _MOST_STEPS:
+        origin, steps = pending.pop(0).origin, steps + 1
+        for value in [a for a in origin.args if isinstance(a, Value)] if origin else []:
+            leaves = list(value.term.leaves())
+            if value.term.bound and len(leaves) > 1 and set(leaves) <= beside:
+                return True
+            pending += leaves
+    return False
 
 
 def _sums(term: Term) -> Iterator[Term]:

@@ -58,6 +58,28 @@ def causal_mask(q, k, v):
     return (q @ k.mT).masked_fill(at[:, None] < at, 0) @ v
 
 
+@program("is made of the product that it multiplies")
+def gate_of_the_state(q, k, v):
+    state = k.mT @ v
+    return q @ (state * state.sigmoid())
+
+
+@program("is made of the product that it multiplies")
+def mask_of_the_scores(q, k, v):
+    scores = q @ k.mT
+    return scores.masked_fill(scores < 0.1, 0) @ v
+
+
+@program("c and d, which no one of q, k, v has together: no operand", BHND, BHND, BHND, (3, 8, 8))
+def weights_of_the_state(q, k, v, weights):
+    return q @ (k.mT @ v * weights)
+
+
+@program("c and d, which no one of q, k, v has together: no operand", BHND, BHND, BHND, (3, 8, 8))
+def weights_of_the_state_channels_first(q, k, v, weights):
+    return (v.mT @ k * weights) @ q.mT
+
+
 @program("the result is expanded along an axis that no operand has", ND, ND, ND)
 def expanded_by_a_product_with_ones(q, k, v):
     return torch.einsum("nc,cd,z->znd", q, k.T @ v, torch.ones(3))
