@@ -34,6 +34,7 @@ from bla_inductor.algebra.term import (
     Value,
     align,
     broadcast,
+    guarded,
     multiply,
 )
 
@@ -44,15 +45,50 @@ aten = torch.ops.aten
 
 @rule(aten.masked_fill)
 def _masked_fill(V: Lookup, out: torch.Tensor, x: torch.Tensor, mask: Any, fill: Any) -> Result:
-    return _selected(V, out, x, mask, keep=False) if scalar(V, fill) == 0 else None
+    filled = scalar(V, fill)
+    if filled == 0:
+        return _selected(V, out, x, mask, keep=False)
+    return _bounded(V(x), V(mask), filled, out)
+
+
+@rule(aten.index_put)
+def _index_put(
+    V: Lookup, out: torch.Tensor, x: torch.Tensor, at: Any, fill: Any, accumulate: bool = False
+) -> Result:
+    """x[mask] = number."""
+    (mask, *others) = at
+    same = isinstance(mask, torch.Tensor) and mask.dtype == torch.bool and mask.dim() == x.dim()
+    return None if accumulate or others or not same else _masked_fill(V, out, x, mask, fill)
 
 
 @rule(aten.where)
 def _where(V: Lookup, out: torch.Tensor, condition: Any, x: Any = None, y: Any = None) -> Result:
     for one, other, keep in ((x, y, True), (y, x, False)):
-        if isinstance(one, torch.Tensor) and scalar(V, other) == 0:
+        filled = scalar(V, other) if isinstance(one, torch.Tensor) else None
+        if filled == 0:
             return _selected(V, out, one, condition, keep)
+        if filled is not None and not keep:
+            return _bounded(V(one), V(condition), filled, out)
     return None
+
+
+def _bounded(value: Value, condition: Value, low: Any, out: torch.Tensor) -> Value | None:
+    """max(z, low), said as low where z < low, else z."""
+    read = single(condition)
+    origin = read.leaf.origin if isinstance(read, Read) and read.axes == condition.axes else None
+    if origin is None or origin.operator is not aten.lt or not value.term.bound:
+        return None
+    compared, limit = origin.args[0], number(origin.args[1])
+    if not isinstance(compared, Value) or (compared.term, compared.axes) != (
+        value.term,
+        value.axes,
+    ):
+        return None
+    if not isinstance(low, float) or not isinstance(limit, float):
+        return None
+    if abs(limit - low) > torch.finfo(out.dtype).eps * abs(low):  # one may have been rounded
+        return None
+    return Value(guarded(value.term, "clamp", limit), value.axes, out.dtype)
 
 
 def _selected(V: Lookup, out: torch.Tensor, x: torch.Tensor, mask: Any, keep: bool) -> Result:

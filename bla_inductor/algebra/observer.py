@@ -237,7 +237,8 @@ class Observer(TorchDispatchMode):
                 others = {k: v for k, v in kwargs.items() if v is not target}
                 (value,) = self._apply(pure, target, args, others)
             fixed = self._fixed(args, kwargs)
-            origin = self._added_in_place(packet, args, kwargs)
+            changed = self._of_product(self.value(target))
+            origin = self._written_origin(packet, args, kwargs) if changed else None
             storage = self.seen.storage_of(target)
             self.overwritten.append(target)
             self.cuts = {i: v for i, v in self.cuts.items() if not self._lives_in(v, storage)}
@@ -246,19 +247,23 @@ class Observer(TorchDispatchMode):
                 value = None
             for alias in list(self.by_storage.get(storage, [])):
                 if alias is not target:
-                    node = self.node_of.get(id(alias))
-                    self.new_leaf(alias, fixed=fixed, operation="written", node=node)
+                    node, before = self.node_of.get(id(alias)), self.value(alias)
+                    was = Origin(packet, (before,)) if self._of_product(before) else None
+                    name = packet.__name__
+                    self.new_leaf(alias, fixed=fixed, operation=name, node=node, origin=was)
             if value is not None:
                 self.keep(target, value)
             else:
                 self.new_leaf(target, fixed=fixed, operation=packet.__name__, origin=origin)
 
-    def _added_in_place(self, packet: Any, args: Any, kwargs: Any) -> Origin | None:
+    def _of_product(self, value: Value) -> bool:
+        """Whether a reason may have to be told by what `value` was before a write."""
+        return any(v.term.bound for v in summands(value))
+
+    def _written_origin(self, packet: Any, args: Any, kwargs: Any) -> Origin:
         """The origin of what `product += x` leaves: nothing is computed of it, but reasons are."""
         pure = {torch.ops.aten.add_: torch.ops.aten.add, torch.ops.aten.sub_: torch.ops.aten.sub}
-        if packet not in pure or not any(v.term.bound for v in summands(self.value(args[0]))):
-            return None
-        return self._origin(pure[packet], args, kwargs)
+        return self._origin(pure.get(packet, packet), args, kwargs)
 
     def name_overwritten(self) -> None:
         """What a statement wrote (`k[~mask] = 0`) can be read as the node that it wrote to."""

@@ -52,3 +52,74 @@ def values_overwritten_twice(q, k, v):
     values[:, :, order] = v
     values[:, :, order // 2] = 1.0
     return contracted(q, k, values, divided=False)
+
+
+# Guards of the divisor.
+
+
+def sums(q, k, v):
+    """Numerator and divisor."""
+    q, k = elu1(q), elu1(k)
+    return q @ (k.mT @ v), q @ k.sum(-2).unsqueeze(-1)
+
+
+@further(normalised=True)
+def small_divisors_assigned(q, k, v):
+    out, z = sums(q, k, v)
+    z[z < 30.0] = 30.0
+    return out / z
+
+
+@further(normalised=True)
+def divisors_of_small_size_assigned(q, k, v):
+    out, z = sums(q, k, v)
+    z[z.abs() < 1e-1] = 1e-1
+    return out / z
+
+
+@further(normalised=True)
+def small_divisors_filled_in_place(q, k, v):
+    out, z = sums(q, k, v)
+    z.masked_fill_(z < 30.0, 30.0)
+    return out / z
+
+
+@further(normalised=True)
+def small_divisors_replaced(q, k, v):
+    out, z = sums(q, k, v)
+    return out / torch.where(z < 30.0, 30.0, z)
+
+
+@further(normalised=True)
+def small_divisors_clamped_in_place(q, k, v):
+    out, z = sums(q, k, v)
+    z = z.squeeze(-1)
+    z.clamp_(min=30.0)
+    return out / z.unsqueeze(-1)
+
+
+@further(normalised=False, reason="`clamp_` comes between Σ q·k and the division")
+def small_divisors_clamped_in_a_view(q, k, v):
+    out, z = sums(q, k, v)
+    z.squeeze(-1).clamp_(min=30.0)
+    return out / z
+
+
+@further(normalised=False, reason="`index_put_` comes between Σ q·k and the division")
+def divisors_of_either_sign_assigned(q, k, v):
+    z = q @ k.sum(-2).unsqueeze(-1)
+    z[z.abs() < 30.0] = 30.0
+    return q @ (k.mT @ v) / z
+
+
+@further(normalised=False, reason="`masked_fill_` comes between Σ q·k and the division")
+def small_divisors_filled_with_another_number(q, k, v):
+    out, z = sums(q, k, v)
+    z.masked_fill_(z < 30.0, 31.0)
+    return out / z
+
+
+@further(normalised=False, reason="`masked_fill` comes between Σ q·k and the division")
+def large_divisors_filled(q, k, v):
+    out, z = sums(q, k, v)
+    return out / z.masked_fill(z > 30.0, 30.0)
