@@ -24,6 +24,7 @@ _MOST_STEPS = 6
 _SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
 _RANDOM = {"native_dropout", "bernoulli", "rand_like"}
 _SUMS = {"add", "add_"}
+_WRITES = {"copy_", "index_put_"}
 _RUNNING = {"cumsum", "logcumsumexp", "cumprod"}
 
 
@@ -129,6 +130,12 @@ def _reason(leaf: Leaf) -> str:
         return (
             "a dropout stands between the two products, and every entry it drops is random; "
             "put it on the output, or call model.eval()"
+        )
+    if name in _WRITES:
+        return (
+            "the first product is written into another tensor (x[i] = …) before the next one "
+            "reads that; use the product itself, and where there are several, torch.stack them, "
+            "or compute them in one"
         )
     parts = leaf.origin.args if leaf.origin is not None and name in _SUMS else ()
     if len(parts) == 2 and all(isinstance(part, Value) and _sums(part) for part in parts):

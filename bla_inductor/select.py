@@ -125,7 +125,7 @@ class _Selector:
                     continue
                 leaves, normalised = _identity(attention)
                 refused[plan.reason, leaves] = plan, normalised
-            elif isinstance(attention, Mismatch):
+            elif isinstance(attention, Mismatch) and not self.told_inside(node, attention):
                 refusal = Refusal(FAMILY, attention.reason, locate(node), node.name)
                 refused[attention.reason, frozenset()] = refusal, False
             if reads_elements(node):
@@ -179,6 +179,11 @@ class _Selector:
             if attention.outer or widened:
                 return True
         return False
+
+    def told_inside(self, node: fx.Node, mismatch: Mismatch) -> bool:
+        """Whether what `node` does to an input's match is no news."""
+        inputs = map(self.matched, node.all_input_nodes)
+        return mismatch.inner and any(isinstance(m, LinearAttention) for m in inputs)
 
     def statement(self, node: fx.Node, attention: LinearAttention) -> fx.Node:
         """The node that completes the arithmetic; `node` may be a reshape lines below it."""

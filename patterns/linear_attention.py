@@ -36,7 +36,19 @@ from bla_inductor.patterns.normaliser import (
     normaliser,
 )
 
-from bla_inductor.algebra import Delta, Factor, Guard, Index, Leaf, Read, Size, Term, Value, product
+from bla_inductor.algebra import (
+    SLICE,
+    Delta,
+    Factor,
+    Guard,
+    Index,
+    Leaf,
+    Read,
+    Size,
+    Term,
+    Value,
+    product,
+)
 
 __all__ = ["FAMILY", "LinearAttention", "Mismatch", "match"]
 
@@ -96,7 +108,8 @@ def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch 
     if best is None and mismatch is None and coupled is not None:
         return Mismatch(coupling(coupled))
     if best is None:
-        return mismatch or _added(term, known, hint)
+        mismatch = mismatch or _added(term, known, hint) or _heads_summed(value, known, hint)
+        return mismatch or _slice_divided(term, known, hint)
     stray = [i for axis in value.axes for i in axis if i not in {*best.batch, *best.n, *best.d}]
     if stray:
         return Mismatch("the result is expanded along an axis that no operand has")
@@ -131,6 +144,52 @@ def _added(term: Term, known: Known, hint: Hint) -> Mismatch | None:
                 "term and the division stay outside the operator"
             )
     return None
+
+
+def _heads_summed(value: Value, known: Known, hint: Hint) -> Mismatch | None:
+    """Attention whose second product sums over an axis that q, k and v have, the heads say."""
+    term = value.term
+    reads = [f.indices() for f in term.factors if isinstance(f, Read) and f.power == 1]
+    heads = tuple(i for i in term.bound if len(reads) > 2 and all(i in read for read in reads))
+    if not heads:
+        return None
+    bound = tuple(i for i in term.bound if i not in heads)
+    each = Value(replace(term, bound=bound), (heads, *value.axes), value.dtype)
+    if not isinstance(match(each, known, hint), LinearAttention):
+        return None
+    return Mismatch(
+        "its last product sums over an axis that q, k and v all have (the heads, say); keep that "
+        "axis in the result and sum over it afterwards, out.sum(1): then the product is found",
+        inner=True,
+    )
+
+
+def _slice_divided(term: Term, known: Known, hint: Hint) -> Mismatch | None:
+    """A slice of attention divided by another one, which may be its normaliser."""
+    reads = [f for f in term.factors if isinstance(f, Read)]
+    divisors = [whole.term for f in reads if f.power == -1 for whole in _wholes(f.leaf)]
+    for read in reads:
+        for whole in _wholes(read.leaf) if read.power == 1 and divisors else ():
+            attention = isinstance(match(whole, known, hint), LinearAttention)
+            if attention and whole.term in divisors:
+                return Mismatch(
+                    f"a slice of the product is divided by another slice, `{read.leaf}` by what is "
+                    "left; if that is a column of ones beside the values, join it by "
+                    "F.pad(v, (0, 1), value=1.0) or torch.cat, and the division is part of the "
+                    "operator"
+                )
+    return None
+
+
+def _wholes(leaf: Leaf) -> Iterator[Value]:
+    """Products that `leaf` is made of a slice of."""
+    pending, steps = [leaf], 0
+    while pending and steps < _MOST_SUMS:
+        leaf, steps = pending.pop(0), steps + 1
+        values = [a for a in leaf.origin.args if isinstance(a, Value)] if leaf.origin else []
+        if leaf.origin is not None and leaf.origin.operator == SLICE:
+            yield from (v for v in values if len(v.term.bound) > 1)
+        pending += [r.leaf for v in values for r in v.term.factors if isinstance(r, Read)]
 
 
 def _between(guard: Guard, summed: frozenset[Index], hint: Hint) -> Mismatch:

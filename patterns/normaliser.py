@@ -39,9 +39,10 @@ _MOST_STEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Close to the family, and why it is not of it."""
+    """Close to the family, and why it is not of it. inner: no news where an input is of it."""
 
     reason: str
+    inner: bool = False
 
 
 @dataclass(frozen=True, slots=True)

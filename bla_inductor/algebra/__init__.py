@@ -24,8 +24,10 @@ from bla_inductor.algebra.term import (
     Term,
     Value,
 )
+from bla_inductor.algebra.tiles import SLICE
 
 __all__ = [
+    "SLICE",
     "Axes",
     "Axis",
     "Body",

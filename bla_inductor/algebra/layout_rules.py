@@ -136,3 +136,13 @@ def _expand(V: Lookup, out: torch.Tensor, x: torch.Tensor, *_: Any, **__: Any) -
         for axis, size in zip(axes, sizes, strict=True)
     )
     return Value(value.term, grown, value.dtype)
+
+
+@rule(aten.copy)
+def _copied(V: Lookup, out: torch.Tensor, x: torch.Tensor, source: torch.Tensor, *_: Any) -> Result:
+    """All of x is written over."""
+    value = _expand(V, out, source)
+    if not isinstance(value, Value) or source.device != out.device:
+        return None
+    same = value.dtype == out.dtype
+    return value.cast(out.dtype) if same or _keeps(value, source.dtype, out.dtype) else None

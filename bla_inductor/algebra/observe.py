@@ -174,13 +174,15 @@ class _Walk(fx.Interpreter):
         )
 
     def _grad_mode(self, enabled: bool) -> None:
-        """Terms never reach into a finished no_grad region: gradients would flow where they did
-        not.
+        """Terms never reach into a finished no_grad region, nor past what was written in it:
+        gradients would flow where they did not.
         """
+        seen = self.observer.seen
         if enabled and self.region is not None:
-            for node in self.region:
-                tensor = self.observer.seen.tensors.get(node)
-                if tensor is not None:
+            inside = set(self.region)
+            start = min(map(seen.position.__getitem__, inside), default=self.observer.now) - 1
+            for node, tensor in list(seen.tensors.items()):
+                if node in inside or seen.written(node, start):
                     fixed = self.observer.value(tensor).term.fixed()
                     self.observer.new_leaf(tensor, fixed=fixed, operation="no_grad", node=node)
         self.region = None if enabled else []

@@ -18,7 +18,7 @@ from bla_inductor.algebra.recorded import NotOne, Recorded, tensors_in, written
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
 from bla_inductor.algebra.standin import stand_in
 from bla_inductor.algebra.term import Leaf, Origin, Read, Term, Value, leaf_value
-from bla_inductor.algebra.tiles import summands
+from bla_inductor.algebra.tiles import origin_of_written
 
 __all__ = ["Observer", "Reshaped"]
 
@@ -237,8 +237,8 @@ class Observer(TorchDispatchMode):
                 others = {k: v for k, v in kwargs.items() if v is not target}
                 (value,) = self._apply(pure, target, args, others)
             fixed = self._fixed(args, kwargs)
-            changed = self._of_product(self.value(target))
-            origin = self._written_origin(packet, args, kwargs) if changed else None
+            origin = origin_of_written(self._origin(packet, args, kwargs))
+            sources = [self.value(t) for t in tensors_in((args, kwargs)) if t is not target]
             storage = self.seen.storage_of(target)
             self.overwritten.append(target)
             self.cuts = {i: v for i, v in self.cuts.items() if not self._lives_in(v, storage)}
@@ -247,23 +247,13 @@ class Observer(TorchDispatchMode):
                 value = None
             for alias in list(self.by_storage.get(storage, [])):
                 if alias is not target:
-                    node, before = self.node_of.get(id(alias)), self.value(alias)
-                    was = Origin(packet, (before,)) if self._of_product(before) else None
-                    name = packet.__name__
+                    node, name = self.node_of.get(id(alias)), packet.__name__
+                    was = origin_of_written(Origin(packet, (self.value(alias), *sources)))
                     self.new_leaf(alias, fixed=fixed, operation=name, node=node, origin=was)
             if value is not None:
                 self.keep(target, value)
             else:
                 self.new_leaf(target, fixed=fixed, operation=packet.__name__, origin=origin)
-
-    def _of_product(self, value: Value) -> bool:
-        """Whether a reason may have to be told by what `value` was before a write."""
-        return any(v.term.bound for v in summands(value))
-
-    def _written_origin(self, packet: Any, args: Any, kwargs: Any) -> Origin:
-        """The origin of what `product += x` leaves: nothing is computed of it, but reasons are."""
-        pure = {torch.ops.aten.add_: torch.ops.aten.add, torch.ops.aten.sub_: torch.ops.aten.sub}
-        return self._origin(pure.get(packet, packet), args, kwargs)
 
     def name_overwritten(self) -> None:
         """What a statement wrote (`k[~mask] = 0`) can be read as the node that it wrote to."""

@@ -16,17 +16,17 @@ import torch
 from bla_inductor.algebra.index import Index, Size, axis_size, equal
 from bla_inductor.algebra.term import Factor, Leaf, Origin, Read, Term, Value, align, multiply
 
-__all__ = ["sliced", "summands", "tiled"]
+__all__ = ["SLICE", "origin_of_written", "sliced", "summands", "tiled"]
 
 aten = torch.ops.aten
-_SLICE = "slice"  # the operator of an origin, as `sliced` tells it
+SLICE = "slice"  # the operator of an origin, as `sliced` tells it
 _MOST_PIECES = 256
 
 
 def sliced(leaf: Leaf, value: Value, dim: int, start: Size, *, selected: bool = False) -> Leaf:
     """`leaf`, which is value[start:…] along `dim`; selected: value[start], without that axis."""
     kwargs = (("size", axis_size(value.axes[dim])), ("selected", selected))
-    leaf.origin = Origin(_SLICE, (value, dim, start), kwargs)
+    leaf.origin = Origin(SLICE, (value, dim, start), kwargs)
     return leaf
 
 
@@ -82,7 +82,7 @@ class _Slice:
     @classmethod
     def of(cls, factor: Factor, term: Term) -> _Slice | None:
         origin = factor.leaf.origin if isinstance(factor, Read) and factor.power == 1 else None
-        if origin is None or not isinstance(factor, Read) or origin.operator != _SLICE:
+        if origin is None or not isinstance(factor, Read) or origin.operator != SLICE:
             return None
         (whole, dim, start), known = origin.args, dict(origin.kwargs)
         axis = () if known["selected"] else factor.axes[dim]
@@ -154,3 +154,14 @@ def _same(a: Value, b: Value) -> bool:
     bound = {named.get(j) for j in b.term.bound}
     same = a.axes == b.axes and a.term.coef == b.term.coef and bound == set(a.term.bound)
     return same and a.term.precision == b.term.precision and a.term.depth == b.term.depth
+
+
+def origin_of_written(origin: Origin) -> Origin | None:
+    """The origin of what an in-place operator leaves where products are among its arguments:
+    nothing is computed of it, but reasons are.
+    """
+    values = [a for a in origin.args if isinstance(a, Value)]
+    if not any(v.term.bound for value in values for v in summands(value)):
+        return None
+    pure = {aten.add_: aten.add, aten.sub_: aten.sub}
+    return replace(origin, operator=pure.get(origin.operator, origin.operator))

@@ -338,3 +338,24 @@ def nonlinear_state(q, k, v):
 def features_of_chunks(q, k, v):
     state = sum(a.relu().mT @ b for a, b in zip(k.chunk(4, 2), v.chunk(4, 2), strict=True))
     return q @ state
+
+
+@program("sums over an axis that q, k and v all have (the heads, say)")
+def heads_summed_in_the_product(q, k, v):
+    return torch.einsum("bhnd,bhde->bne", q, torch.einsum("bhmd,bhme->bhde", k, v))
+
+
+@program("the first product is written into another tensor (x[i] = …)")
+def states_written_one_by_one(q, k, v):
+    state = q.new_zeros(2, 3, 8, 8)
+    for head in range(3):
+        state[:, head] = k[:, head].mT @ v[:, head]
+    return q @ state
+
+
+@program("a slice of the product is divided by another slice", matches=1)
+def column_of_ones_assigned(q, k, v):
+    wide = v.new_ones(2, 3, 20, 9)
+    wide[..., :8] = v
+    out = q.exp() @ (k.exp().mT @ wide)
+    return out[..., :8] / (out[..., 8:] + 1e-6)

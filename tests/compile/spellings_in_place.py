@@ -54,6 +54,18 @@ def values_overwritten_twice(q, k, v):
     return contracted(q, k, values, divided=False)
 
 
+@further(lengths=False)
+def state_assigned(q, k, v):
+    state = q.new_zeros(B, H, D, D)
+    state[...] = k.mT @ v
+    return q @ state
+
+
+@further()
+def heads_summed_after_the_product(q, k, v):
+    return (q @ (k.mT @ v)).sum(1)
+
+
 # Guards of the divisor.
 
 

@@ -142,6 +142,13 @@ def a_custom_operator_with_a_result(q: Tensor, k: Tensor, v: Tensor) -> Results:
     return o, total
 
 
+def into_the_divisor_without_gradients(q: Tensor, k: Tensor, v: Tensor) -> Results:
+    z = q @ k.sum(-2).unsqueeze(-1)
+    with torch.no_grad():
+        z[z < 42.0] = 42.0
+    return attention(q, k, v) / z
+
+
 FUNCTIONS: list[Callable[[Tensor, Tensor, Tensor], Results]] = [
     rows,
     rows_of_a_quotient,
@@ -157,6 +164,7 @@ FUNCTIONS: list[Callable[[Tensor, Tensor, Tensor], Results]] = [
     into_a_buffer,
     into_a_buffer_and_then_itself,
     divided_in_place,
+    into_the_divisor_without_gradients,
     a_custom_operator,
     a_custom_operator_with_a_result,
 ]
