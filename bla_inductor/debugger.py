@@ -166,10 +166,9 @@ def _told(report: Report, options: Options) -> str:
 
 def _terms(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> str:
     from bla_inductor.explainer import copy_graphs
-    from bla_inductor.rewrite import _is_parameter
+    from bla_inductor.weights import weights
 
-    fixed = [_is_parameter(n) for n in gm.graph.find_nodes(op="placeholder")]
-    return "\n".join(_graph_terms("", copy_graphs(gm), example_inputs, fixed))
+    return "\n".join(_graph_terms("", copy_graphs(gm), example_inputs, weights(gm)))
 
 
 def _graph_terms(

@@ -26,6 +26,7 @@ from bla_inductor.patterns import FAMILY
 from bla_inductor.plan import Plan
 from bla_inductor.report import Match, Refusal, Report, locate
 from bla_inductor.select import Selection, has_effect, select
+from bla_inductor.weights import weights
 from bla_inductor.wording import dtypes, feature_maps, formula, sizes
 
 __all__ = ["rewrite"]
@@ -47,7 +48,7 @@ def rewrite(
     with a refusal.
     """
     if fixed is None:
-        fixed = [_is_parameter(n) for n in gm.graph.find_nodes(op="placeholder")]
+        fixed = weights(gm)
     return _rewrite(gm, example_inputs, fixed, options)
 
 
@@ -159,16 +160,3 @@ def _erase_dead(
             continue
         if node in used or writes:
             gm.graph.erase_node(node)
-
-
-def _is_parameter(placeholder: fx.Node) -> bool:
-    """Whether a graph input is a parameter, a buffer or another tensor that a module owns."""
-    known = placeholder.meta.get("example_value", placeholder.meta.get("val"))
-    if isinstance(known, torch.nn.Parameter):
-        return True
-    source = getattr(placeholder, "_dynamo_source", None)
-    while source is not None:
-        if "NNModule" in type(source).__name__ or "ParamBuffer" in type(source).__name__:
-            return True
-        source = getattr(source, "base", None)
-    return False

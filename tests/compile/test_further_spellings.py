@@ -21,6 +21,7 @@ from tests.compile import (
     spellings_masks,
     spellings_outer,
     spellings_papers,
+    spellings_weights,
 )
 from tests.compile.further import FURTHER, NEAR_MISSES, Further
 from tests.compile.spellings import N
@@ -38,6 +39,7 @@ _ = (
     spellings_masks,
     spellings_outer,
     spellings_papers,
+    spellings_weights,
 )
 
 
