@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from bla_inductor.compat import isolated
 from bla_inductor.options import Options
-from bla_inductor.report import Report
+from bla_inductor.report import Location, Report
 from bla_inductor.rewrite import rewrite
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,16 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
             "Dynamo made no graph of this call, so there is nothing to explain. "
             "Is it disabled (TORCHDYNAMO_DISABLE, torch.compiler.disable)?"
         )
-    return sum(reports, Report())
+    report, place = sum(reports, Report()), definition(original(model))
+    return report if place is None else report.placed(place)
+
+
+def definition(model: Callable[..., Any]) -> Location | None:
+    """Where `model`, or its forward, begins."""
+    code = getattr(getattr(model, "forward", model), "__code__", None)
+    if code is None:
+        return None
+    return Location(code.co_filename, code.co_firstlineno, code.co_name)
 
 
 def original(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
@@ -19,6 +20,7 @@ __all__ = ["Location", "Match", "Refusal", "Report", "locate"]
 _FRAME = re.compile(
     r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)\n?(?P<code>[^\n]*)'
 )
+_WRAPPER = re.compile(r"[/\\]bla_inductor[/\\]explainer\.py$")  # the frame that calls the model
 _LIBRARIES = re.compile(r"[/\\]site-packages[/\\](torch|einops)[/\\]|[/\\]torch[/\\]_dynamo[/\\]")
 
 
@@ -36,10 +38,14 @@ class Location:
 
 
 def locate(node: fx.Node) -> Location:
-    """The innermost line of the user's code (not of torch or einops) that made `node`."""
+    """The innermost line of the user's code (not of torch or einops) that made `node`.
+
+    Line 0 where no line is known: torch keeps none of functions that exec made.
+    """
     frames = [
         Location(m["file"], int(m["line"]), m["function"], m["code"].strip())
         for m in _FRAME.finditer(node.meta.get("stack_trace") or "")
+        if not _WRAPPER.search(m["file"])
     ]
     own = [f for f in frames if not _LIBRARIES.search(f.file)]
     if own or frames:
@@ -125,6 +131,16 @@ class Report:
             self.nodes + other.nodes,
             self.seconds + other.seconds,
             self.rules + other.rules,
+        )
+
+    def placed(self, place: Location) -> Report:
+        """The same with `place` where no line is known."""
+
+        def told(entry: Any) -> Any:
+            return entry if entry.location.line else replace(entry, location=place)
+
+        return replace(
+            self, matches=[*map(told, self.matches)], refusals=[*map(told, self.refusals)]
         )
 
     def __iter__(self) -> Iterator[Match | Refusal]:

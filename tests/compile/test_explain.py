@@ -147,6 +147,18 @@ def test_the_environment_decides_the_options(x, monkeypatch):
     assert not bla_inductor.explain(attention, x, x, x).matches
 
 
+def test_code_without_a_file_is_where_it_was_defined(x):
+    """Torch keeps no line of what exec made: it is not where `explain` calls it."""
+    names = {}
+    exec("\n\ndef attention(q, k, v):\n    return q @ (k.mT @ v)\n", names)
+    (match,) = bla_inductor.explain(names["attention"], x, x, x).matches
+    assert str(match.location) == "<string>:3"
+    module = nn.Module()
+    module.forward = names["attention"]
+    (match,) = bla_inductor.explain(module, x, x, x).matches
+    assert str(match.location) == "<string>:3"
+
+
 def test_a_call_without_a_graph_says_so(caplog):
     report = bla_inductor.explain(lambda: 3)
     assert report.graphs == 0
