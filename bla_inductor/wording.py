@@ -82,9 +82,16 @@ def _source(operand: Operand) -> str:
 
 
 def _factor(factor: Factor) -> str:
-    """What multiplies the result; a sum (a guarded one, say) by the tensors that it is of."""
-    name = "·".join(str(leaf) for leaf in factor.leaves())
-    name = f"({name})" if isinstance(factor, Guard) else name
+    """What multiplies the result, with the sums in it and what is added to them."""
+    if isinstance(factor, Guard):
+        total = f"{_times(factor.term.coef)}{'·'.join(map(_factor, factor.term.factors))}"
+        total = f"Σ {total}" if factor.term.bound else total
+        if factor.kind == "clamp":
+            name = f"max({total}, {_number(factor.eps)})"
+        else:
+            name = f"({total}{'' if factor.eps == 0 else f' + {_number(factor.eps)}'})"
+    else:
+        name = "·".join(str(leaf) for leaf in factor.leaves())
     return f"1/{name}" if isinstance(factor, Read | Guard) and factor.power == -1 else name
 
 

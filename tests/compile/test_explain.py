@@ -178,3 +178,14 @@ def test_the_formula_tells_what_divides_from_what_multiplies(x):
     (match,) = bla_inductor.explain(scaled, x, x, x, a, b).matches
     after = match.formula.partition(" × ")[2].split()[0]
     assert sorted(after.split("·")) == ["1/l_args_4_", "l_args_3_"]
+
+
+def test_the_formula_tells_what_is_added_inside_a_divisor(x):
+    def eps_on_the_keys(q, k, v):
+        z = 1 / torch.einsum("bnc,bc->bn", q, k.sum(1) + 1e-3)
+        state = torch.einsum("bmc,bmd->bcd", k, v)
+        return torch.einsum("bnc,bcd,bn->bnd", q, state, z)
+
+    (match,) = bla_inductor.explain(eps_on_the_keys, x, x.clone(), x.clone()).matches
+    after = match.formula.partition(" × ")[2].partition("   with")[0]
+    assert after == "1/(Σ l_args_0_·(Σ l_args_1_ + 0.001))"
