@@ -23,7 +23,7 @@ from bla_inductor.algebra.registry import Lookup, Result, Unruled, rule
 from bla_inductor.algebra.sum_rules import added
 from bla_inductor.algebra.term import Value
 
-__all__ = ["Call", "Dissolve", "whole"]
+__all__ = ["Call", "Dissolve", "is_composite", "whole"]
 
 aten = torch.ops.aten
 Call: TypeAlias = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -39,7 +39,7 @@ def whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | No
     func: an OpOverload. What is not composite is returned as it is.
     """
     packet = func.overloadpacket
-    if not _is_composite(func):
+    if not is_composite(func):
         return packet, args, kwargs
     say = _KNOWN.get(packet)
     try:
@@ -49,7 +49,8 @@ def whole(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | No
 
 
 @cache
-def _is_composite(func: Any) -> bool:
+def is_composite(func: Any) -> bool:
+    """Whether torch says an operator in others, and has no derivative of its own for it."""
     if func.namespace == "prim":  # not in the dispatcher
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")

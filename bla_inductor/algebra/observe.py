@@ -36,6 +36,7 @@ from bla_inductor.algebra.index import as_size
 from bla_inductor.algebra.observation import Body, Observation, Opaque
 from bla_inductor.algebra.observer import Observer, Reshaped
 from bla_inductor.algebra.recorded import NotOne
+from bla_inductor.algebra.regions import Regions, is_users
 
 __all__ = ["observe", "undisturbed"]
 
@@ -56,7 +57,7 @@ class _Walk(fx.Interpreter):
     ) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.observer, self.mode, self.fixed = observer, mode, iter(fixed)
-        self.region: list[fx.Node] | None = None  # the nodes of a `no_grad` region of the user's
+        self.regions = Regions(observer)
 
     def leaf(self, value: Any, *, fixed: bool = False, node: fx.Node | None = None) -> Any:
         """A recorded tensor as a leaf, or a new one with the metadata of `value`; other values as
@@ -91,8 +92,7 @@ class _Walk(fx.Interpreter):
         if isinstance(result, torch.Tensor):
             self.observer.name(n, result)
         self.observer.name_overwritten()
-        if self.region is not None:
-            self.region.append(n)
+        self.regions.note(n)
         return result
 
     def _run(self, n: fx.Node) -> Any:
@@ -116,8 +116,7 @@ class _Walk(fx.Interpreter):
             return (
                 known  # a size, or a scalar of the user's: running it again would make a new symbol
             )
-        if n.target is torch._C._set_grad_enabled:
-            self._grad_mode(bool(n.args[0]))
+        if self.regions.border(n):
             return None
         module = getattr(n.target, "__module__", None) or ""
         if compat.opens_transform(n.target):
@@ -131,6 +130,10 @@ class _Walk(fx.Interpreter):
             return self._higher_order(n)
         results = known if isinstance(known, tuple | list) else [known]
         recorded = bool(results) and all(map(self._trusted, results))
+        if is_users(n):
+            with enable_python_dispatcher():
+                result = self.observer.watched(lambda: fx.Interpreter.run_node(self, n), n.name)
+            return self.observer.as_recorded(result, known) if recorded else result
         if recorded:
             try:
                 return self.observer.from_record(lambda: fx.Interpreter.run_node(self, n), known)
@@ -172,20 +175,6 @@ class _Walk(fx.Interpreter):
         return tuple(
             isinstance(a, torch.Tensor) and self.observer.value(a).term.fixed() for a in operands
         )
-
-    def _grad_mode(self, enabled: bool) -> None:
-        """Terms never reach into a finished no_grad region, nor past what was written in it:
-        gradients would flow where they did not.
-        """
-        seen = self.observer.seen
-        if enabled and self.region is not None:
-            inside = set(self.region)
-            start = min(map(seen.position.__getitem__, inside), default=self.observer.now) - 1
-            for node, tensor in list(seen.tensors.items()):
-                if node in inside or seen.written(node, start):
-                    fixed = self.observer.value(tensor).term.fixed()
-                    self.observer.new_leaf(tensor, fixed=fixed, operation="no_grad", node=node)
-        self.region = None if enabled else []
 
 
 @contextlib.contextmanager

@@ -43,11 +43,13 @@ class Observer(TorchDispatchMode):
         self.cuts: dict[int, Value] = {}
         self.overwritten: list[torch.Tensor] = []
         self.now = -1
+        self.cut_off = False  # an operator ran where gradients are switched off
         self.recorded: Recorded | None = None
         self.casts: dict[tuple[int, torch.dtype], tuple[Value, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self.cut_off |= not torch.is_grad_enabled()
         if self.trusting and torch.Tag.inplace_view in func.tags:
             raise Reshaped
         if self.recorded is not None:
@@ -88,6 +90,18 @@ class Observer(TorchDispatchMode):
         finally:
             self.recorded = None
         return got
+
+    def watched(self, run: Callable[[], Any], name: str) -> Any:
+        """`run()`, code of the user's. Where part of it runs without gradients (in a `no_grad`
+        region, or in an autograd.Function, which brings its own), what it returns are leaves.
+        """
+        self.cut_off = False
+        with torch.enable_grad():
+            result = run()
+        if self.cut_off:
+            for tensor in tensors_in(result):
+                self.new_leaf(tensor, fixed=self.value(tensor).term.fixed(), operation=name)
+        return result
 
     def as_recorded(self, got: Any, result: Any) -> Any:
         """`got`, a new tensor that a node gave now, in the one that was recorded of the node."""

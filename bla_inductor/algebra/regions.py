@@ -1,0 +1,100 @@
+"""Where the user has switched gradients off: `no_grad`, inference mode, and code that Dynamo did
+not look into, which may do either, or bring derivatives of its own.
+
+Terms never reach into such a place from outside: gradients would flow where they did not.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+from bla_inductor.algebra.composites import is_composite
+from bla_inductor.algebra.observer import Observer
+
+__all__ = ["Regions", "is_users"]
+
+_ENTER = torch.autograd.grad_mode._enter_inference_mode
+_EXIT = torch.autograd.grad_mode._exit_inference_mode
+_TORCHS = {"torch", "_operator", "operator", "builtins", "math"}
+
+
+class Regions:
+    """The regions of a graph that run without gradients, followed node by node."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._inside: list[fx.Node] | None = None  # the nodes of the region so far
+        self._nested: list[bool] = []  # for each open inference mode, whether it is in a region
+
+    def note(self, node: fx.Node) -> None:
+        if self._inside is not None:
+            self._inside.append(node)
+
+    def border(self, n: fx.Node) -> bool:
+        """Whether `n` begins or ends a region; it is not run then."""
+        if n.target is torch._C._set_grad_enabled:
+            (self._leave if n.args[0] else self._enter)()
+        elif n.target is _ENTER:
+            self._nested.append(self._inside is not None)
+            self._enter()
+        elif n.target is _EXIT:
+            if not self._nested.pop():
+                self._leave()
+        else:
+            return False
+        return True
+
+    def _enter(self) -> None:
+        if self._inside is None:
+            self._inside = []
+
+    def _leave(self) -> None:
+        observer = self._observer
+        inside = self._inside
+        for node in self._entered_outside() if inside is None else self._reached(inside):
+            tensor = observer.seen.tensors.get(node)
+            if tensor is not None:
+                fixed = observer.value(tensor).term.fixed()
+                observer.new_leaf(tensor, fixed=fixed, operation="no_grad", node=node)
+        self._inside = None
+
+    def _reached(self, inside: list[fx.Node]) -> list[fx.Node]:
+        """A region's nodes, and those outside of it that it has written to."""
+        seen = self._observer.seen
+        start = min((seen.position[n] for n in inside), default=self._observer.now) - 1
+        before = (n for n in seen.tensors if n not in inside and seen.written(n, start))
+        return [*inside, *before]
+
+    def _entered_outside(self) -> list[fx.Node]:
+        """The nodes so far that have no gradient although what they are made of has one: the graph
+        begins in a region that was entered outside of it.
+        """
+        found: dict[fx.Node, None] = {}
+        for node, tensor in self._observer.seen.tensors.items():
+            differentiable = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+            above = any(_has_gradient(x) or x in found for x in node.all_input_nodes)
+            if differentiable and above and not _has_gradient(node):
+                found[node] = None
+        return list(found)
+
+
+def _has_gradient(node: fx.Node) -> bool:
+    known = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(known, torch.Tensor) and known.requires_grad
+
+
+def is_users(n: fx.Node) -> bool:
+    """Whether `n` runs code that Dynamo did not look into and that is not torch's own: a function
+    of the user's (`allow_in_graph`), or an operator of theirs that torch dissolves.
+    """
+    if n.op == "call_module":
+        return True
+    if n.op != "call_function":
+        return False
+    if isinstance(n.target, OpOverload | OpOverloadPacket):
+        packet = n.target.overloadpacket if isinstance(n.target, OpOverload) else n.target
+        theirs = packet._qualified_op_name.partition("::")[0] not in ("aten", "prim", "prims")
+        return theirs and any(is_composite(getattr(packet, name)) for name in packet.overloads())
+    return str(getattr(n.target, "__module__", None)).partition(".")[0] not in _TORCHS

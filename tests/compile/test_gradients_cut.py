@@ -1,0 +1,127 @@
+"""Gradients that the program cuts, or bends, stay so: in an inference mode inside of the graph, and
+in code that Dynamo does not look into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+@torch.compiler.allow_in_graph
+def reversed_(x: Tensor) -> Tensor:
+    return Reversed.apply(x)
+
+
+@torch.compiler.allow_in_graph
+def state_without_gradient(k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        return k.mT @ v
+
+
+@torch.compiler.allow_in_graph
+def attention_of_constant_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.inference_mode():
+        state = k.mT @ v
+    return q @ state.clone()
+
+
+@torch.compiler.allow_in_graph
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ (k.mT @ v)
+
+
+library = torch.library.Library("bla_tests_cut", "DEF")
+library.define("state(Tensor k, Tensor v) -> Tensor")
+library.impl("state", lambda k, v: Reversed.apply(k).mT @ v, "CompositeImplicitAutograd")
+
+
+def inference_mode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.inference_mode():
+        state = k.mT @ v
+    return q @ state.clone()
+
+
+def inference_mode_in_no_grad(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        state = k.mT @ v
+        with torch.inference_mode():
+            scale = v.mean()
+        state = state * 2
+    return q @ state + scale
+
+
+def gradients_switched_on(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch._dynamo.graph_break()
+        state = k.mT @ v
+        with torch.enable_grad():
+            return q @ state
+
+
+def state_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ reversed_(k.mT @ v)
+
+
+def features_reversed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ (reversed_(k.relu()).mT @ v)
+
+
+def constant_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ state_without_gradient(k, v)
+
+
+def constant_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_of_constant_keys(q, k, v)
+
+
+def operator_of_the_users(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q @ torch.ops.bla_tests_cut.state(k, v)
+
+
+def nothing_cut(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return plain_attention(q, k, v)
+
+
+CASES: list[tuple[Function, int]] = [
+    (inference_mode, 0),
+    (inference_mode_in_no_grad, 0),
+    (gradients_switched_on, 0),
+    (state_reversed, 0),
+    (features_reversed, 1),
+    (constant_state, 0),
+    (constant_keys, 0),
+    (operator_of_the_users, 0),
+    (nothing_cut, 1),
+]
+
+
+@pytest.mark.parametrize(("function", "matches"), CASES, ids=[f.__name__ for f, _ in CASES])
+def test_gradients_are_the_programs(function: Function, matches: int) -> None:
+    options = {"inner": "aot_eager", "rewrite": "always"}
+    leaves = [torch.randn(2, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    counters.clear()
+    found = []
+    for f in (torch.compile(function, backend="bla", options=options), function):
+        out = f(*leaves)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), leaves, allow_unused=True)])
+    assert [x is None for x in found[0]] == [x is None for x in found[1]]
+    torch.testing.assert_close(*([x for x in each if x is not None] for each in found))
+    assert counters["bla"]["matched"] == matches
