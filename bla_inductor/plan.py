@@ -15,7 +15,18 @@ import torch
 from torch import fx
 
 from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
-from bla_inductor.algebra import Axes, Axis, Index, Observation, Read, Term, Value, product
+from bla_inductor.algebra import (
+    Axes,
+    Axis,
+    Index,
+    Observation,
+    Read,
+    Term,
+    Value,
+    axis_size,
+    equal,
+    product,
+)
 from bla_inductor.cost import KERNEL_LIMIT, Problem, reads_channels_first
 from bla_inductor.emit import Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Operand, Piece, Source
@@ -124,10 +135,9 @@ class Plan:
                     f"`{node}` is modified in place later, and its gradient needs it as it was; "
                     "write it out of place (x = x + y instead of x += y)"
                 )
-        if (k_norm := self.gathered.k_norm) is not None:
-            rows = seen.hint(product(i.size for i in k_norm.rows))
-            if rows != seen.hint(product(i.size for i in self.gathered.k.rows)):
-                raise Unemittable("the normaliser sums over another sequence than the numerator")
+        k, k_norm = self.gathered.k, self.gathered.k_norm
+        if k_norm is not None and not equal(axis_size(k_norm.rows), axis_size(k.rows)):
+            raise Unemittable("the normaliser sums over another sequence than the numerator")
 
     def problem(self, seen: Observation) -> Problem:
         def size(axis: Sequence[Index]) -> int:

@@ -97,4 +97,5 @@ def is_users(n: fx.Node) -> bool:
         packet = n.target.overloadpacket if isinstance(n.target, OpOverload) else n.target
         theirs = packet._qualified_op_name.partition("::")[0] not in ("aten", "prim", "prims")
         return theirs and any(is_composite(getattr(packet, name)) for name in packet.overloads())
-    return str(getattr(n.target, "__module__", None)).partition(".")[0] not in _TORCHS
+    module = getattr(n.target, "__module__", None)  # methods of tensors have none
+    return module is not None and module.partition(".")[0] not in _TORCHS

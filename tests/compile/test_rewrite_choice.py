@@ -91,3 +91,18 @@ def test_always_overrides_the_cost_model() -> None:
     run = torch.compile(model, backend="bla", options=options)
     torch.testing.assert_close(run(*args), model(*args))
     assert matched() == 1
+
+
+def test_a_normaliser_over_keys_that_are_as_many_by_chance() -> None:
+    """With the first lengths they are as many as the numerator's, with the second they are not."""
+
+    def model(q, k, v, others):
+        others = torch.cat((others, q), -2)
+        return q @ (k.mT @ v) / (q @ others.sum(-2).unsqueeze(-1) + 100)
+
+    run = compiled(model, dynamic=True)
+    for n, m, extra in ((20, 30, 10), (20, 30, 15)):
+        args = tensors((2, 3, n, 8), (2, 3, m, 8), (2, 3, m, 8), (2, 3, extra, 8), grad=False)
+        torch.testing.assert_close(run(*args), model(*args))
+    assert counters["bla"]["graphs"] == 1
+    assert matched() == 1  # the numerator
