@@ -167,8 +167,8 @@ class _Selector:
     def better_inside(self, node: fx.Node, attention: LinearAttention) -> bool:
         """Whether an input of `node` is as rich a match and a better root.
 
-        Better, because what `node` adds is not the operator's business: a gate, or a cast to a
-        wider dtype.
+        Better, because what `node` adds is not the operator's business (a gate, or a cast to a
+        wider dtype), or because other code reads the input as well.
         """
         for source in node.all_input_nodes:
             other = self.matched(source)
@@ -176,7 +176,7 @@ class _Selector:
                 continue
             mine, its = self.seen.values[node], self.seen.values[source]
             widened = mine.dtype.itemsize > its.dtype.itemsize and mine.term is its.term
-            if attention.outer or widened:
+            if attention.outer or widened or self.read_beside(source, node, other):
                 return True
         return False
 
@@ -184,6 +184,19 @@ class _Selector:
         """Whether what `node` does to an input's match is no news."""
         inputs = map(self.matched, node.all_input_nodes)
         return mismatch.inner and any(isinstance(m, LinearAttention) for m in inputs)
+
+    def read_beside(self, node: fx.Node, reader: fx.Node, attention: LinearAttention) -> bool:
+        """Whether other code reads `node`, or what `reader` reads the same attention of through
+        it: there is one result, then, and views of it.
+        """
+        if any(user is not reader and reads_elements(user) for user in node.users):
+            return True
+        return any(
+            isinstance(other := self.matched(source), LinearAttention)
+            and _as_rich(other, attention)
+            and self.read_beside(source, node, other)
+            for source in node.all_input_nodes
+        )
 
     def statement(self, node: fx.Node, attention: LinearAttention) -> fx.Node:
         """The node that completes the arithmetic; `node` may be a reshape lines below it."""
