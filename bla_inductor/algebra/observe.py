@@ -35,8 +35,9 @@ from bla_inductor import compat
 from bla_inductor.algebra.index import as_size
 from bla_inductor.algebra.observation import Body, Observation, Opaque
 from bla_inductor.algebra.observer import Observer, Reshaped
-from bla_inductor.algebra.recorded import NotOne
-from bla_inductor.algebra.regions import Regions, is_users
+from bla_inductor.algebra.recorded import NotOne, tensors_in
+from bla_inductor.algebra.regions import Regions, hooks, is_users
+from bla_inductor.algebra.term import Origin
 
 __all__ = ["observe", "undisturbed"]
 
@@ -59,7 +60,14 @@ class _Walk(fx.Interpreter):
         self.observer, self.mode, self.fixed = observer, mode, iter(fixed)
         self.regions = Regions(observer)
 
-    def leaf(self, value: Any, *, fixed: bool = False, node: fx.Node | None = None) -> Any:
+    def leaf(
+        self,
+        value: Any,
+        *,
+        fixed: bool = False,
+        node: fx.Node | None = None,
+        origin: Origin | None = None,
+    ) -> Any:
         """A recorded tensor as a leaf, or a new one with the metadata of `value`; other values as
         they are.
         """
@@ -74,7 +82,8 @@ class _Walk(fx.Interpreter):
             value = torch.empty_strided(
                 value.shape, value.stride(), dtype=value.dtype, device=value.device
             )
-        self.observer.new_leaf(value, fixed=fixed, node=node)
+        operation = "input" if origin is None else str(origin.operator)
+        self.observer.new_leaf(value, fixed=fixed, operation=operation, node=node, origin=origin)
         return value
 
     def _trusted(self, value: Any) -> bool:
@@ -91,6 +100,8 @@ class _Walk(fx.Interpreter):
         result = self._run(n)
         if isinstance(result, torch.Tensor):
             self.observer.name(n, result)
+            if any(map(hooks, n.users)):
+                self.observer.cut_here(result, "register_hook", n)
         self.observer.name_overwritten()
         self.regions.note(n)
         return result
@@ -169,7 +180,15 @@ class _Walk(fx.Interpreter):
         known = n.meta.get("example_value", n.meta.get("val"))
         if known is None:
             raise Opaque(f"the higher-order operator {n.target} recorded no result")
-        return pytree.tree_map(self.leaf, known)
+        if name in _TRANSPARENT:
+            return pytree.tree_map(self.leaf, known)
+        operands = tensors_in(args)
+        fixed = all(self._fixed(operands))
+        origin = Origin(name, tuple(map(self.observer.value, operands)))
+        for tensor in tensors_in(known):
+            if id(tensor) in self.observer.values:
+                self.observer.handed_on(tensor, name)
+        return pytree.tree_map(lambda x: self.leaf(x, fixed=fixed, origin=origin), known)
 
     def _fixed(self, operands: Iterable[Any]) -> tuple[bool, ...]:
         return tuple(

@@ -91,6 +91,22 @@ class Observer(TorchDispatchMode):
             self.recorded = None
         return got
 
+    def cut_here(self, tensor: torch.Tensor, operation: str, node: fx.Node | None = None) -> None:
+        """From here on `tensor`, which is `node` or no node yet, is a leaf."""
+        value = self.value(tensor)
+        origin = Origin(operation, (value,))
+        self.new_leaf(
+            tensor, fixed=value.term.fixed(), operation=operation, node=node, origin=origin
+        )
+
+    def handed_on(self, tensor: torch.Tensor, operation: str) -> None:
+        """A node returns what was there before, with something done to its gradient: from here on
+        it is a leaf of that node.
+        """
+        self.cut_here(tensor, operation)
+        self.node_of.pop(id(tensor), None)
+        self.cuts.pop(id(tensor), None)
+
     def watched(self, run: Callable[[], Any], name: str) -> Any:
         """`run()`, code of the user's. Where part of it runs without gradients (in a `no_grad`
         region, or in an autograd.Function, which brings its own), what it returns are leaves.
@@ -100,7 +116,7 @@ class Observer(TorchDispatchMode):
             result = run()
         if self.cut_off:
             for tensor in tensors_in(result):
-                self.new_leaf(tensor, fixed=self.value(tensor).term.fixed(), operation=name)
+                self.cut_here(tensor, name)
         return result
 
     def as_recorded(self, got: Any, result: Any) -> Any:

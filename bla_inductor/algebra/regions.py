@@ -1,19 +1,20 @@
-"""Where the user has switched gradients off: `no_grad`, inference mode, and code that Dynamo did
-not look into, which may do either, or bring derivatives of its own.
+"""Where the user's gradients are other than those of what is computed: `no_grad`, inference mode,
+hooks on tensors, and code that Dynamo did not look into, which may do all of it, or bring
+derivatives of its own.
 
-Terms never reach into such a place from outside: gradients would flow where they did not.
+Terms never reach into or across such a place: gradients would flow where they did not.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from bla_inductor.algebra.composites import is_composite
 from bla_inductor.algebra.observer import Observer
 
-__all__ = ["Regions", "is_users"]
+__all__ = ["Regions", "hooks", "is_users"]
 
 _ENTER = torch.autograd.grad_mode._enter_inference_mode
 _EXIT = torch.autograd.grad_mode._exit_inference_mode
@@ -56,8 +57,7 @@ class Regions:
         for node in self._entered_outside() if inside is None else self._reached(inside):
             tensor = observer.seen.tensors.get(node)
             if tensor is not None:
-                fixed = observer.value(tensor).term.fixed()
-                observer.new_leaf(tensor, fixed=fixed, operation="no_grad", node=node)
+                observer.cut_here(tensor, "no_grad", node)
         self._inside = None
 
     def _reached(self, inside: list[fx.Node]) -> list[fx.Node]:
@@ -83,6 +83,13 @@ class Regions:
 def _has_gradient(node: fx.Node) -> bool:
     known = node.meta.get("example_value", node.meta.get("val"))
     return isinstance(known, torch.Tensor) and known.requires_grad
+
+
+def hooks(n: fx.Node) -> bool:
+    """Whether `n` registers a hook, which every gradient of its argument runs through, also that of
+    what was made before.
+    """
+    return isinstance(n.target, HigherOrderOperator) and n.target.name() == "register_hook"
 
 
 def is_users(n: fx.Node) -> bool:

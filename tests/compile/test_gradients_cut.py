@@ -1,16 +1,19 @@
-"""Gradients that the program cuts, or bends, stay so: in an inference mode inside of the graph, and
-in code that Dynamo does not look into.
+"""Gradients that the program cuts, or bends, stay so: in an inference mode inside of the graph, in
+code that Dynamo does not look into, and by hooks. The report says what stands in the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+
+import bla_inductor
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -100,6 +103,43 @@ def nothing_cut(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain_attention(q, k, v)
 
 
+def clipped(grad: Tensor) -> Tensor:
+    return grad.clamp(-0.1, 0.1)
+
+
+def hook_on_the_result(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = q @ (k.mT @ v)
+    out.register_hook(clipped)
+    return out.transpose(0, 1)
+
+
+def hook_on_the_state(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = k.mT @ v
+    state.register_hook(clipped)
+    return q @ state
+
+
+def hook_on_the_state_after_its_use(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state = k.mT @ v
+    out = q @ state
+    state.register_hook(clipped)
+    return out
+
+
+def hook_on_the_features(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k.exp()
+    out = q @ (k.mT @ v)
+    k.register_hook(clipped)
+    return out / (q @ k.sum(-2).unsqueeze(-1)).abs()
+
+
+def hook_on_the_divisor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.sum(-2).unsqueeze(-1) + 30
+    z.register_hook(clipped)
+    return q @ (k.mT @ v) / z
+
+
+HOOKS = find_spec("torch._higher_order_ops.register_hook") is not None  # else they break the graph
 CASES: list[tuple[Function, int]] = [
     (inference_mode, 0),
     (inference_mode_in_no_grad, 0),
@@ -111,6 +151,14 @@ CASES: list[tuple[Function, int]] = [
     (operator_of_the_users, 0),
     (nothing_cut, 1),
 ]
+HOOKED: list[tuple[Function, int]] = [
+    (hook_on_the_result, 1),
+    (hook_on_the_state, 0),
+    (hook_on_the_state_after_its_use, 0),
+    (hook_on_the_features, 1),
+    (hook_on_the_divisor, 1),
+]
+CASES += HOOKED if HOOKS else []
 
 
 @pytest.mark.parametrize(("function", "matches"), CASES, ids=[f.__name__ for f, _ in CASES])
@@ -125,3 +173,21 @@ def test_gradients_are_the_programs(function: Function, matches: int) -> None:
     assert [x is None for x in found[0]] == [x is None for x in found[1]]
     torch.testing.assert_close(*([x for x in each if x is not None] for each in found))
     assert counters["bla"]["matched"] == matches
+
+
+@pytest.mark.parametrize(
+    ("function", "step"),
+    [
+        (inference_mode_in_no_grad, "no_grad"),
+        (constant_state, "state_without_gradient"),
+        pytest.param(
+            hook_on_the_state,
+            "register_hook",
+            marks=pytest.mark.skipif(not HOOKS, reason="this torch breaks the graph at a hook"),
+        ),
+    ],
+)
+def test_the_report_says_so(function: Function, step: str) -> None:
+    leaves = [torch.randn(2, 20, 8, requires_grad=True) for _ in range(3)]
+    (refusal,) = bla_inductor.explain(function, *leaves).refusals
+    assert f"`{step}` stands between the two products" in refusal.reason
