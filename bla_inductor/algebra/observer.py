@@ -13,6 +13,7 @@ from bla_inductor import compat
 from bla_inductor.algebra import joined_rules, layout_rules, mask_rules, sum_rules
 from bla_inductor.algebra.composites import Call, Dissolve
 from bla_inductor.algebra.index import Inexpressible, as_size, axis_size, equal
+from bla_inductor.algebra.integers import may_have_wrapped
 from bla_inductor.algebra.observation import Observation
 from bla_inductor.algebra.recorded import NotOne, Recorded, tensors_in, written
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
@@ -194,6 +195,8 @@ class Observer(TorchDispatchMode):
         """The rule's Values for the tensors of `out`, or None for each that must be a leaf."""
         outs = tensors_in(out)
         rule = RULES.get(packet)
+        if rule is not None and self._converts(outs, args):
+            rule = None
         result: Any = None
         if rule is not None:
             try:
@@ -211,6 +214,15 @@ class Observer(TorchDispatchMode):
             self.seen.rules[f"{packet.__name__} tried"] += 1
             self.seen.rules[packet.__name__] += any(v is not None for v in told)
         return told
+
+    def _converts(self, outs: Sequence[torch.Tensor], args: Any) -> bool:
+        """Whether integers that may have wrapped around are read as another dtype."""
+        dtypes = {out.dtype for out in outs} - {torch.bool}
+        return any(
+            dtypes != {x.dtype} and dtypes and may_have_wrapped(self.value(x))
+            for x in tensors_in(args)
+            if not x.dtype.is_floating_point and x.dtype.itemsize < 8
+        )
 
     def _checked(self, packet: Any, value: Value | None, tensor: torch.Tensor) -> Value | None:
         """A Value whose axes disagree with the shape comes of a wrong rule: it is not believed."""

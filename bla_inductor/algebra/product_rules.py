@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -147,7 +148,9 @@ def div(V: Lookup, out: torch.Tensor, x: Any, y: Any, *, rounding_mode: Any = No
     factor = number(y)
     value = V(x) if isinstance(x, torch.Tensor) else None
     if factor is not None and value is not None:
-        return Value(value.term.scaled(1 / factor), value.axes, out.dtype) if factor != 0 else None
+        if factor == 0 or abs(1 / factor) == math.inf:
+            return None
+        return Value(value.term.scaled(1 / factor), value.axes, out.dtype)
     divisor = V(y)
     if value is None:
         factor = number(x)
