@@ -139,6 +139,8 @@ class _Walk(fx.Interpreter):
             return None
         if isinstance(n.target, HigherOrderOperator):
             return self._higher_order(n)
+        if hooks(n):
+            return None
         results = known if isinstance(known, tuple | list) else [known]
         recorded = bool(results) and all(map(self._trusted, results))
         if is_users(n):

@@ -87,9 +87,11 @@ def _has_gradient(node: fx.Node) -> bool:
 
 def hooks(n: fx.Node) -> bool:
     """Whether `n` registers a hook, which every gradient of its argument runs through, also that of
-    what was made before.
+    what was made before. Compiled autograd has a function for it.
     """
-    return isinstance(n.target, HigherOrderOperator) and n.target.name() == "register_hook"
+    if isinstance(n.target, HigherOrderOperator):
+        return n.target.name() == "register_hook"
+    return getattr(n.target, "__name__", None) == "_register_hook_trampoline"
 
 
 def is_users(n: fx.Node) -> bool:

@@ -175,6 +175,19 @@ def test_gradients_are_the_programs(function: Function, matches: int) -> None:
     assert counters["bla"]["matched"] == matches
 
 
+@pytest.mark.parametrize(("function", "matches"), HOOKED, ids=[f.__name__ for f, _ in HOOKED])
+def test_hooks_under_compiled_autograd(function: Function, matches: int) -> None:
+    options = {"inner": "aot_eager", "rewrite": "always"}
+    given = [torch.randn(2, 20, 8, dtype=torch.float64) for _ in range(3)]
+    ours, eager = ([x.clone().requires_grad_() for x in given] for _ in range(2))
+    counters.clear()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        torch.compile(function, backend="bla", options=options)(*ours).sin().sum().backward()
+    function(*eager).sin().sum().backward()
+    torch.testing.assert_close([x.grad for x in ours], [x.grad for x in eager])
+    assert counters["bla"]["matched"] == matches
+
+
 @pytest.mark.parametrize(
     ("function", "step"),
     [
