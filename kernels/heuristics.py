@@ -61,6 +61,8 @@ def in_two_pieces(
     if dtype not in IN_TWO_PIECES or (kernel == "query" and rest > 16):
         return None
     if kernel == "key":
+        if D % 16:
+            return None
         if rest > 16:
             return Tile(64, 64, 64, 64, 4, 3, 1, rest)
         return Tile(128, 64, 64, 64, 8, 3, 1, rest)
@@ -183,7 +185,7 @@ def key_pass_tile(D: int, DV: int, DN: int, precision: str, capability: int) -> 
             return Tile(64, d, v, block(DN), 8, 4, 4)
         if capability < 9:
             return Tile(64, d, v, block(DN), 8, 2, 2)
-        return Tile(64, d, v, block(DN), 8, 3, 4 if d == D else 1)
+        return Tile(64, d, v, block(DN), 8, 3, 4 if d == D or D % 16 else 1)
     if precision == "ieee":
         return Tile(32, d, v, block(DN), 16 if d * v >= 4096 else 8, 1)
     if precision == "parts":

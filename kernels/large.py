@@ -113,8 +113,8 @@ def _float32(kernel: str, D: int, precision: str) -> tuple[int, Tile | None]:
         ("output", "parts", 64): Tile(128, 64, 64, 64, 8, 3, 1, TMA=True),
         ("state", "tf32", 64): Tile(64, 64, 64, 64, 4, 3, 2, TMA=True),
         ("output", "tf32", 64): Tile(128, 64, 64, 64, 8, 3, 1, TMA=True),
-        ("query", "tf32", 64): Tile(16, 64, 64, 64, 4, 3, 2, TMA=True),
-        ("key", "tf32", 64): Tile(64, 64, 64, 64, 8, 2, 4),
+        ("query", "tf32", 64): Tile(16, 64, 64, 64, 4, 3, 3, TMA=True),
+        ("key", "tf32", 64): Tile(64, 64, 64, 64, 4, 2, 2),
         ("output", "tf32", 32): Tile(128, 32, 32, 32, 8, 3, 2),
         ("query", "tf32", 32): Tile(64, 32, 32, 32, 4, 2, 4),
     }

@@ -62,10 +62,9 @@ class Regions:
 
     def _reached(self, inside: list[fx.Node]) -> list[fx.Node]:
         """A region's nodes, and those outside of it that it has written to."""
-        seen = self._observer.seen
+        seen, own = self._observer.seen, set(inside)
         start = min((seen.position[n] for n in inside), default=self._observer.now) - 1
-        before = (n for n in seen.tensors if n not in inside and seen.written(n, start))
-        return [*inside, *before]
+        return [*inside, *(n for n in seen.tensors if n not in own and seen.written(n, start))]
 
     def _entered_outside(self) -> list[fx.Node]:
         """The nodes so far that have no gradient although what they are made of has one: the graph

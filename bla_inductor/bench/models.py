@@ -1,8 +1,9 @@
 """The suite `models`: whole blocks and models, inference and training step, GPU time.
 
 The blocks are those of examples/zoo at the sizes of their papers' first stages; SANA and
-AutoencoderDC are diffusers', EfficientViT is timm's. Times are CUDA-graph replays of everything,
-parameters' gradients included, because small steps are bound by the host otherwise.
+AutoencoderDC are diffusers', EfficientViT is timm's, LoFTR is kornia's. Times are CUDA-graph
+replays of everything, parameters' gradients included, because small steps are bound by the host
+otherwise.
 """
 
 from __future__ import annotations
@@ -101,6 +102,18 @@ def _efficientvit(side: int) -> Callable[[], Made]:
     return make
 
 
+def _loftr(width: int, pairs: int, batch: int, tokens: int) -> Callable[[], Made]:
+    """LoFTR's layers over two images: of coarse features, or of a window around each match."""
+
+    def make() -> Made:
+        transformer: Any = importlib.import_module("kornia.feature.loftr.loftr_module.transformer")
+        config = {"d_model": width, "nhead": 4, "layer_names": ["self", "cross"] * pairs}
+        model: Any = transformer.LocalFeatureTransformer({**config, "attention": "linear"})
+        return model, tuple(torch.randn(batch, tokens, width) for _ in range(2)), {}
+
+    return make
+
+
 class AttentionBlock(nn.Module):
     """x + proj(attention(qkv(norm(x)))) with φ = elu + 1: a block like MLLA's without convolutions
     and gates. x (B, N, C).
@@ -146,6 +159,9 @@ MODELS = [
         3136,
         _zoo("rala", "RankAugmentedLinearAttention", 64, 2, shape=(64, 64, 56, 56)),
     ),
+    Model("LoFTR, 640 × 480", 4800, _loftr(256, 4, 1, 4800)),
+    Model("LoFTR, 640 × 480, fp32", 4800, _loftr(256, 4, 1, 4800), torch.float32),
+    Model("LoFTR, windows", 25, _loftr(128, 1, 2000, 25)),
     Model("VSSD mixer", 3136, _zoo("vssd", "NonCausalSSD", 64, shape=(64, 56, 56, 64))),
 ]
 
@@ -169,8 +185,14 @@ def run(
 
 
 def _model(model: Model, providers: Sequence[str], device: str, fresh: bool) -> Iterator[Row]:
+    kind = str(model.dtype).removeprefix("torch.")
+    blank = Row(model.name, f"N{model.N}", model.N, kind, "", "", "")
     torch.manual_seed(0)
-    module, inputs, kwargs = model.make()
+    try:
+        module, inputs, kwargs = model.make()
+    except ModuleNotFoundError as missing:
+        yield replace(blank, note=f"pip install {missing.name}: its package is not installed")
+        return
     module = module.to(device, model.dtype)
     inputs = tuple(x.to(device, model.dtype) for x in inputs)
     kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
@@ -178,8 +200,6 @@ def _model(model: Model, providers: Sequence[str], device: str, fresh: bool) -> 
     truth = _results(copy.deepcopy(module).double(), [x.double() for x in inputs], kwargs)
     references = [_results(module, inputs, kwargs)]
     inductor: dict[str, float] = {}
-    kind = str(model.dtype).removeprefix("torch.")
-    blank = Row(model.name, f"N{model.N}", model.N, kind, "", "", "")
     for name in providers:
         torch._dynamo.reset()
         module.load_state_dict(start_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -115,6 +116,20 @@ def test_models(tmp_path, monkeypatch) -> None:
     rows = read_csv(file)
     assert [r["run"] for r in rows] == ["inference", "training step"]
     assert all(0 < float(r["inaccuracy"]) <= 1 for r in rows)
+
+
+def test_a_model_whose_package_is_not_installed_is_told(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    monkeypatch.setattr(models, "MODELS", [models.Model("LoFTR", 20, models._loftr(16, 1, 1, 20))])
+    common = ["--device", "cpu", "--out", str(tmp_path), "--providers", "torch"]
+    assert main(["bench", "models", *common]) == 0
+    assert "pip install kornia" in capsys.readouterr().out
+
+
+def test_loftr_takes_two_images() -> None:
+    pytest.importorskip("kornia")
+    model, images, _ = models._loftr(16, 1, 2, 20)()
+    assert [tuple(x.shape) for x in model(*images)] == [(2, 20, 16)] * 2
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
