@@ -14,24 +14,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from bla_inductor.absorb import Gathered, common_dtype, dead_without, gather, inside
+from bla_inductor.absorb import Gathered, common_dtype, gather
 from bla_inductor.algebra import (
     Axes,
     Axis,
     Index,
     Observation,
-    Read,
-    Term,
     Value,
     axis_size,
     equal,
     product,
 )
-from bla_inductor.cost import KERNEL_LIMIT, Problem, reads_channels_first
+from bla_inductor.cost import KERNEL_LIMIT
 from bla_inductor.emit import Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Operand, Piece, Source
-from bla_inductor.ops.feature_map import has_rows
-from bla_inductor.ops.layout import known
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.report import Location
 
@@ -139,87 +135,6 @@ class Plan:
         if k_norm is not None and not equal(axis_size(k_norm.rows), axis_size(k.rows)):
             raise Unemittable("the normaliser sums over another sequence than the numerator")
 
-    def problem(self, seen: Observation) -> Problem:
-        def size(axis: Sequence[Index]) -> int:
-            return seen.hint(product(i.size for i in axis))
-
-        c, d = size(self.gathered.k.columns), size(self.d)
-        passed, either = self.distinct(), reads_channels_first(max(c, d))
-        readable = _readable_either_way if either else _beside
-        apart = [name for name, o in self.operands.items() if not readable(o, seen)]
-        return Problem(
-            batch=size(self.batch),
-            n=size(self.n),
-            m=size(self.gathered.k.rows),
-            c=c,
-            d=d,
-            wide=self._wide(c, d, seen),
-            quadratic=self.found.quadratic,
-            normalised=self.found.normaliser is not None,
-            alive=self._alive(seen),
-            device=seen.tensors[self.root].device.type,
-            itemsize=self.compute_dtype.itemsize,
-            gradients=is_differentiated(self.root),
-            upcast=self.upcast,
-            copied=len(apart),
-            inputs_copied=sum(n in passed and _is_given(passed[n], seen) for n in apart),
-            float32=torch.get_float32_matmul_precision()
-            if self.compute_dtype == torch.float32
-            else "",
-        )
-
-    def _wide(self, c: int, d: int, seen: Observation) -> bool:
-        """Whether the kernels are fast at head dims c and d above 128."""
-        device, passed = seen.tensors[self.root].device, self.distinct()
-        if device.type != "cuda" or max(c, d) <= 128 or self.upcast:
-            return False
-        if self.dtype != self.compute_dtype or {"q_norm", "k_norm"} & passed.keys():
-            return False
-        texts = [o.map.text for o in passed.values() if o.map is not None]
-        if any(map(has_rows, texts)) or self.gathered.weight is not None:
-            return False
-        from torch._inductor import config
-
-        from bla_inductor.kernels import heuristics, large  # imports Triton
-
-        if config.cpp_wrapper:  # which launches kernels without descriptors
-            return False
-        capability = heuristics.capability(device)
-        gradients = is_differentiated(self.root)
-        return large.pays_above_128(c, d, self.compute_dtype, capability, gradients)
-
-    def _alive(self, seen: Observation) -> str:
-        """Which product inside stays alive, because nodes outside read it: the costliest one."""
-        reads = [node for node, _ in self.reads]
-        alive = inside(self.root, reads, seen) - dead_without(self.root, reads, seen)
-        kinds = {self._kind(seen.values[node]) for node in alive}
-        return next((kind for kind in ("scores", "numerator", "state") if kind in kinds), "")
-
-    def _kind(self, value: Value) -> str:
-        """What a tensor inside the attention is, by what it is made of and sums over."""
-        term = value.term
-        if term.depth < 1 or len(term.factors) < 2:
-            return ""
-        leaves = {leaf for f in term.factors for leaf in f.leaves()}
-        of_q, of_k, of_v = (
-            bool(leaves & {leaf for f in o.factors for leaf in f.leaves()})
-            for o in (self.gathered.q, self.gathered.k, self.gathered.v)
-        )
-        matrix = sum(map(len, value.axes)) > len(self.batch) + 1
-        if of_q and of_k and matrix and not self._sums_keys(term):
-            return "scores"
-        if of_q and of_k and matrix and term.depth > 1:
-            return "numerator"  # with channels more than v's, where v is a slice
-        return "state" if of_k and of_v else ""
-
-    def _sums_keys(self, term: Term) -> bool:
-        """Whether the sequence of the keys is summed over."""
-        k = self.gathered.k.reads[0]
-        rows = set(self.gathered.k.rows)
-        places = [at for at, axis in enumerate(k.axes) if rows & set(axis)]
-        reads = [f for f in term.factors if isinstance(f, Read) and f.leaf is k.leaf]
-        return bool({i for f in reads for at in places for i in f.axes[at]} & set(term.bound))
-
     def distinct(self) -> dict[str, Operand]:
         """The operands to pass: q' and k' only where they differ from q and k."""
         named = self.operands
@@ -253,38 +168,6 @@ class Plan:
             return frozenset((p.how, placed(p.source)) for p in operand.pieces), operand.dtype
         text = "" if operand.map is None else operand.map.text
         return placed(operand.source), operand.dtype, text
-
-
-def _beside(operand: Operand, seen: Observation) -> bool:
-    """Whether the channels of an operand are beside each other in memory, or will be."""
-    if operand.source is None:
-        return True
-    strides = seen.tensors[operand.source.node].stride()
-    axes = zip(operand.source.axes, strides, strict=True)
-    return any(operand.columns[-1:] == axis[-1:] and known(s == 1) for axis, s in axes)
-
-
-def _readable_either_way(operand: Operand, seen: Observation) -> bool:
-    """As `_beside`; or its rows are, in whole groups of 8 bytes (templates/tiles.py)."""
-    if operand.source is None or _beside(operand, seen):
-        return True
-    tensor = seen.tensors[operand.source.node]
-    axes = zip(operand.source.axes, tensor.shape, tensor.stride(), strict=True)
-    group = max(1, 8 // tensor.dtype.itemsize)
-    return any(
-        operand.rows[-1:] == axis[-1:] and known(s == 1) and known(n % group == 0)
-        for axis, n, s in axes
-    )
-
-
-def _is_given(operand: Operand, seen: Observation) -> bool:
-    """Whether an operand is a view of an input of the graph: no loop of Inductor's computes it."""
-    if operand.source is None:
-        return False
-    node = operand.source.node
-    memory = seen.storage_of(seen.tensors[node])
-    given = (n for n in node.graph.nodes if n.op in ("placeholder", "get_attr"))
-    return any(seen.storage_of(seen.tensors[n]) == memory for n in given if n in seen.tensors)
 
 
 def _addend(root: fx.Node, seen: Observation) -> tuple[fx.Node, Any]:

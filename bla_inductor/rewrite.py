@@ -24,6 +24,7 @@ from bla_inductor.nearest import nearest
 from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY
 from bla_inductor.plan import Plan
+from bla_inductor.problem import problem
 from bla_inductor.report import Match, Refusal, Report, locate
 from bla_inductor.select import Selection, has_effect, select
 from bla_inductor.weights import weights
@@ -101,7 +102,7 @@ def _apply(
     """Put the emitted nodes in the place of the roots, and erase what is dead then."""
     used = {node for node in gm.graph.nodes if node.users}
     for plan, _ in selection.plans:
-        why = decide(plan.problem(seen)).reason
+        why = decide(problem(plan, seen)).reason
         told = (formula(plan), sizes(plan, seen), dtypes(plan), plan.location, why)
         report.matches.append(Match(FAMILY, *told, plan.root.name, feature_maps(plan)))
     report.matches += [one.match for one in approximations]

@@ -22,6 +22,7 @@ from bla_inductor.operands import Catalogue
 from bla_inductor.options import Options
 from bla_inductor.patterns import FAMILY, LinearAttention, Mismatch, match
 from bla_inductor.plan import Plan
+from bla_inductor.problem import problem
 from bla_inductor.report import Refusal, locate
 
 __all__ = ["Selection", "has_effect", "select"]
@@ -227,7 +228,7 @@ class _Selector:
     def objection(self, plan: Plan) -> Refusal | None:
         """Why a plan that could be carried out is not."""
         node, location = plan.root, plan.location
-        decision = decide(plan.problem(self.seen))
+        decision = decide(problem(plan, self.seen))
         if not decision.pays and self.options.rewrite != "always":
             return Refusal(FAMILY, decision.reason, location, node.name)
         if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):

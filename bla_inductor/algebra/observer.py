@@ -1,4 +1,4 @@
-"""The dispatch mode that turns every ATen operator into Values, and knows who shares memory."""
+"""The dispatch mode that turns every ATen operator into Values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bla_inductor import compat
@@ -14,11 +13,12 @@ from bla_inductor.algebra import joined_rules, layout_rules, mask_rules, sum_rul
 from bla_inductor.algebra.composites import Call, Dissolve
 from bla_inductor.algebra.index import Inexpressible, as_size, axis_size, equal
 from bla_inductor.algebra.integers import may_have_wrapped
+from bla_inductor.algebra.memory import Memory
 from bla_inductor.algebra.observation import Observation
 from bla_inductor.algebra.recorded import NotOne, Recorded, tensors_in, written
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
 from bla_inductor.algebra.standin import stand_in
-from bla_inductor.algebra.term import Leaf, Origin, Read, Term, Value, leaf_value
+from bla_inductor.algebra.term import Origin, Value
 from bla_inductor.algebra.tiles import origin_of_written
 
 __all__ = ["Observer", "Reshaped"]
@@ -30,20 +30,13 @@ class Reshaped(Exception):
     """An operator changed the shape of a tensor in place: what was recorded of it is not true."""
 
 
-class Observer(TorchDispatchMode):
+class Observer(Memory, TorchDispatchMode):
     """trusting: recorded tensors are among those observed, so that none may be reshaped."""
 
     def __init__(self, seen: Observation, *, trusting: bool) -> None:
-        super().__init__()
-        self.seen, self.trusting = seen, trusting
-        self.values: dict[int, Value] = {}
-        self.kept: list[torch.Tensor] = []
-        self.by_storage: dict[int, list[torch.Tensor]] = {}
-        self.leaf_storage: dict[Leaf, int] = {}
-        self.node_of: dict[int, fx.Node] = {}
-        self.cuts: dict[int, Value] = {}
-        self.overwritten: list[torch.Tensor] = []
-        self.now = -1
+        Memory.__init__(self, seen)
+        TorchDispatchMode.__init__(self)
+        self.trusting = trusting
         self.cut_off = False  # an operator ran where gradients are switched off
         self.recorded: Recorded | None = None
         self.casts: dict[tuple[int, torch.dtype], tuple[Value, torch.Tensor]] = {}
@@ -92,22 +85,6 @@ class Observer(TorchDispatchMode):
             self.recorded = None
         return got
 
-    def cut_here(self, tensor: torch.Tensor, operation: str, node: fx.Node | None = None) -> None:
-        """From here on `tensor`, which is `node` or no node yet, is a leaf."""
-        value = self.value(tensor)
-        origin = Origin(operation, (value,))
-        self.new_leaf(
-            tensor, fixed=value.term.fixed(), operation=operation, node=node, origin=origin
-        )
-
-    def handed_on(self, tensor: torch.Tensor, operation: str) -> None:
-        """A node returns what was there before, with something done to its gradient: from here on
-        it is a leaf of that node.
-        """
-        self.cut_here(tensor, operation)
-        self.node_of.pop(id(tensor), None)
-        self.cuts.pop(id(tensor), None)
-
     def watched(self, run: Callable[[], Any], name: str) -> Any:
         """`run()`, code of the user's. Where part of it runs without gradients (in a `no_grad`
         region, or in an autograd.Function, which brings its own), what it returns are leaves.
@@ -153,41 +130,6 @@ class Observer(TorchDispatchMode):
             self._record((torch.ops.aten._to_copy, (x,), {}), out)
             self.casts[key] = value, out
         return out
-
-    def value(self, tensor: torch.Tensor) -> Value:
-        known = self.values.get(id(tensor))
-        return known if known is not None else self.new_leaf(tensor, fixed=False)
-
-    def __call__(self, tensor: torch.Tensor) -> Value:
-        return self.value(tensor)
-
-    def cut(self, tensor: torch.Tensor) -> Value:
-        if id(tensor) not in self.cuts:
-            raise Unruled
-        return self.cuts[id(tensor)]
-
-    def new_leaf(
-        self,
-        tensor: torch.Tensor,
-        *,
-        fixed: bool,
-        operation: str = "input",
-        node: fx.Node | None = None,
-        origin: Origin | None = None,
-    ) -> Value:
-        shape = tuple(as_size(s) for s in tensor.shape)
-        leaf = Leaf(shape, tensor.dtype, fixed, operation, node, self.now, origin=origin)
-        return self.keep(tensor, leaf_value(leaf))
-
-    def keep(self, tensor: torch.Tensor, value: Value) -> Value:
-        storage = self.seen.storage_of(tensor)
-        if id(tensor) not in self.values:
-            self.kept.append(tensor)
-            self.by_storage.setdefault(storage, []).append(tensor)
-        self.values[id(tensor)] = value
-        for leaf in value.term.leaves():
-            self.leaf_storage.setdefault(leaf, storage)
-        return value
 
     def _apply(
         self, packet: Any, out: Any, args: Any, kwargs: Any, lookup: Lookup | None = None
@@ -283,9 +225,9 @@ class Observer(TorchDispatchMode):
             sources = [self.value(t) for t in tensors_in((args, kwargs)) if t is not target]
             storage = self.seen.storage_of(target)
             self.overwritten.append(target)
-            self.cuts = {i: v for i, v in self.cuts.items() if not self._lives_in(v, storage)}
+            self.cuts = {i: v for i, v in self.cuts.items() if not self.lives_in(v, storage)}
             self.seen.writes.setdefault(storage, []).append(self.now)
-            if value is not None and self._lives_in(value, storage):
+            if value is not None and self.lives_in(value, storage):
                 value = None
             for alias in list(self.by_storage.get(storage, [])):
                 if alias is not target:
@@ -296,42 +238,6 @@ class Observer(TorchDispatchMode):
                 self.keep(target, value)
             else:
                 self.new_leaf(target, fixed=fixed, operation=packet.__name__, origin=origin)
-
-    def name_overwritten(self) -> None:
-        """What a statement wrote (`k[~mask] = 0`) can be read as the node that it wrote to."""
-        for tensor in self.overwritten:
-            node = self.node_of.get(id(tensor))
-            if node is not None:
-                self._name_leaves(node, tensor)
-        self.overwritten.clear()
-
-    def _lives_in(self, value: Value, storage: int) -> bool:
-        return any(self.leaf_storage.get(leaf) == storage for leaf in value.term.leaves())
-
-    def name(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """`node` made `tensor`: leaves that live in it can be read as the node's result."""
-        self._name_leaves(node, tensor)
-        self.node_of.setdefault(id(tensor), node)
-        value = self.seen.values[node] = self.values[id(tensor)]
-        self.seen.tensors[node] = tensor
-        if value.term.depth > 1:
-            shape = tuple(as_size(s) for s in tensor.shape)
-            leaf = Leaf(shape, tensor.dtype, value.term.fixed(), "chain", node, self.now)
-            self.leaf_storage[leaf] = self.seen.storage_of(tensor)
-            self.cuts[id(tensor)] = leaf_value(leaf)
-
-    def _name_leaves(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        value = self.value(tensor)
-        unnamed = [leaf for leaf in value.term.leaves() if leaf.node is None]
-        if unnamed:
-            (leaf, *others) = unnamed
-            whole = Read(leaf, value.axes, leaf.dtype)
-            if not others and value == Value(Term((whole,)), value.axes, leaf.dtype):
-                leaf.node, leaf.born = node, self.now
-            else:
-                fixed = value.term.fixed()
-                origin = Origin(None, (value,))
-                self.new_leaf(tensor, fixed=fixed, operation=node.name, node=node, origin=origin)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""Runs interpreted.py with TRITON_INTERPRET=1 in a process of its own: here Triton compiles."""
+"""Runs interpreted.py and interpreted_tiles.py with TRITON_INTERPRET=1, each in a process of its
+own: here Triton compiles.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_kernels_in_the_interpreter():
-    suite = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_tiles.py"])
+def test_kernels_in_the_interpreter(name):
+    suite = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
