@@ -168,8 +168,8 @@ class _Selector:
     def better_inside(self, node: fx.Node, attention: LinearAttention) -> bool:
         """Whether an input of `node` is as rich a match and a better root.
 
-        Better, because what `node` adds is not the operator's business (a gate, or a cast to a
-        wider dtype), or because other code reads the input as well.
+        Better, because what `node` adds is not the operator's business (a gate, a cast to a wider
+        dtype, a copy into other memory), or because other code reads the input as well.
         """
         for source in node.all_input_nodes:
             other = self.matched(source)
@@ -177,7 +177,8 @@ class _Selector:
                 continue
             mine, its = self.seen.values[node], self.seen.values[source]
             widened = mine.dtype.itemsize > its.dtype.itemsize and mine.term is its.term
-            if attention.outer or widened or self.read_beside(source, node, other):
+            written = bool(self.seen.written_at(node))
+            if attention.outer or widened or written or self.read_beside(source, node, other):
                 return True
         return False
 
