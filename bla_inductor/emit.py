@@ -86,11 +86,7 @@ class Emitter:
         """A size as an argument: an int, or a node."""
         if isinstance(size, int):
             return size
-        known = self._known_size(size)
-        over, under = sympy.fraction(size)
-        if known is not None or under == 1:
-            return known or self._expression(size)
-        return self.call(operator.floordiv, self._expression(over), self._expression(under))
+        return self._known_size(size) or self._expression(size)
 
     def _known_size(self, expr: sympy.Expr) -> fx.Node | None:
         """A symbolic integer of the graph, or the size of one of its tensors, that is `expr`."""

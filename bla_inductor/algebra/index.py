@@ -94,7 +94,6 @@ def _guarded(env: Any) -> tuple[_Known, dict[sympy.Expr, Size]]:
         if isinstance(guard.expr, sympy.Eq):
             terms = (_told(env.replace(side), known) for side in guard.expr.args)
             sides = {sympy.sympify(size) for size in terms}
-            known.update(_exact(*sides) if len(sides) == 2 else {})
             simple, other = min(sides, key=_length), max(sides, key=_length)
             plain = other.is_Symbol and (simple.is_Symbol or simple.is_Integer)
             divided = any(_is_division(term) for term in sympy.Add.make_args(other))
@@ -106,24 +105,9 @@ def _guarded(env: Any) -> tuple[_Known, dict[sympy.Expr, Size]]:
     return known, told
 
 
-def _exact(a: sympy.Expr, b: sympy.Expr) -> _Known:
-    """The floor divisions that a = b says to be exact, as quotients: x·(y // x) = y."""
-    divisions = [d for d in (a - b).atoms(sympy.Function) if _is_division(d)]
-    quotients = {d: d.args[0] / d.args[1] for d in divisions if d.args[1].is_Symbol}
-    return {d: q for d, q in quotients.items() if equal(_with(a, {d: q}), _with(b, {d: q}))}
-
-
-def _with(size: sympy.Expr, known: Mapping[sympy.Expr, sympy.Expr]) -> sympy.Expr:
-    """`size` in the words of `known`; torch's own functions of sizes may not take fractions."""
-    try:
-        return size.xreplace(known)
-    except ValueError:
-        return size
-
-
 def _told(expr: sympy.Expr, known: Mapping[sympy.Expr, sympy.Expr]) -> Size:
     size = _canonical(expr)
-    while known and not isinstance(size, int) and (simpler := _with(size, known)) != size:
+    while known and not isinstance(size, int) and (simpler := size.xreplace(known)) != size:
         size = _canonical(simpler)
     return size
 
@@ -206,14 +190,6 @@ def refine(a: Axis, b: Axis) -> tuple[dict[Index, Axis], dict[Index, Axis]]:
     Indices of `a` are kept where they can be, so that the first substitution is often empty.
     Raises Inexpressible when the sizes do not split evenly, as 4·6 against 8·3 does not.
     """
-    try:
-        return _refined(a, b)
-    except Inexpressible:  # s against g·(s/g), which splits from the minor end alone
-        to_a, to_b = ({i: new[::-1] for i, new in to.items()} for to in _refined(a[::-1], b[::-1]))
-        return to_a, to_b
-
-
-def _refined(a: Axis, b: Axis) -> tuple[dict[Index, Axis], dict[Index, Axis]]:
     to_a: dict[Index, list[Index]] = {i: [] for i in a}
     to_b: dict[Index, list[Index]] = {i: [] for i in b}
     left = [(i, i.size) for i in reversed(a)]

@@ -76,32 +76,6 @@ def number_added_to_the_state_apart(q, k, v):
     return q @ (k.mT @ v) + 1.0 * q.sum(-1, keepdim=True)
 
 
-# Grouped keys, as many as the shapes say.
-
-
-@further((B, 6, N, D), (B, 3, N, D), (B, 3, N, D), normalised=True)
-def keys_expanded_to_the_heads_of_the_queries(q, k, v):
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x[:, :, None].expand(-1, -1, groups, -1, -1) for x in (k, v))
-    k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
-    out, z = parts(q, k, v)
-    return out / (z + 1e-6)
-
-
-@further((B, 6, N, D), (B, 3, N, D), (B, 3, N, D), normalised=True)
-def keys_repeated_to_the_heads_of_the_queries(q, k, v):
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out, z = parts(q, k, v)
-    return out / (z + 1e-6)
-
-
-@further((B, 6, N, D), (B, 3, N, D), (B, 3, N, D), normalised=True)
-def queries_grouped_by_the_heads_of_the_keys(q, k, v):
-    grouped = q.reshape(*k.shape[:2], -1, *q.shape[2:])
-    out, z = parts(grouped, k[:, :, None], v[:, :, None])
-    return (out / (z + 1e-6)).flatten(1, 2)
-
-
 # Shapes of tensors that are replaced.
 
 
