@@ -14,7 +14,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._subclasses import FakeTensorMode
 
-from bla_inductor import compat, plan
+from bla_inductor import compat, problem
 from bla_inductor.options import Options
 from bla_inductor.report import Report
 from bla_inductor.rewrite import rewrite
@@ -68,7 +68,7 @@ def told(
     with FakeTensorMode() as mode:
         args = [torch.empty(s, dtype=dtype, device="cuda") for s in shapes]
     # Autograd would ask for the device.
-    with patch.object(plan, "is_differentiated", lambda root: grad), tracing(TracingContext(mode)):
+    with patch.object(problem, "is_differentiated", lambda root: grad), tracing(TracingContext(mode)):
         return rewrite(traced, args, Options())
 
 
