@@ -68,7 +68,10 @@ def told(
     with FakeTensorMode() as mode:
         args = [torch.empty(s, dtype=dtype, device="cuda") for s in shapes]
     # Autograd would ask for the device.
-    with patch.object(problem, "is_differentiated", lambda root: grad), tracing(TracingContext(mode)):
+    with (
+        patch.object(problem, "is_differentiated", lambda root: grad),
+        tracing(TracingContext(mode)),
+    ):
         return rewrite(traced, args, Options())
 
 
