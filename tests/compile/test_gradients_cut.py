@@ -161,9 +161,13 @@ HOOKED: list[tuple[Function, int]] = [
 CASES += HOOKED if HOOKS else []
 
 
+# AOTAutograd of torch 2.11 cannot trace an inference mode, and leaves its thread unusable.
+INNER = dict.fromkeys((inference_mode, inference_mode_in_no_grad, constant_keys), "eager")
+
+
 @pytest.mark.parametrize(("function", "matches"), CASES, ids=[f.__name__ for f, _ in CASES])
 def test_gradients_are_the_programs(function: Function, matches: int) -> None:
-    options = {"inner": "aot_eager", "rewrite": "always"}
+    options = {"inner": INNER.get(function, "aot_eager"), "rewrite": "always"}
     leaves = [torch.randn(2, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     counters.clear()
     found = []
