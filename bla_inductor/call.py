@@ -9,10 +9,11 @@ from torch import fx
 
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
 from bla_inductor.algebra import Axes, Observation
+from bla_inductor.algebra.regions import is_differentiated
 from bla_inductor.emit import Emitter, Unemittable, memory_order
 from bla_inductor.operands import Operand, Piece
 from bla_inductor.ops.layout import readable
-from bla_inductor.plan import Plan, is_differentiated
+from bla_inductor.plan import Plan
 
 __all__ = ["emit"]
 

@@ -25,13 +25,14 @@ from bla_inductor.algebra import (
     equal,
     product,
 )
+from bla_inductor.algebra.regions import is_differentiated
 from bla_inductor.cost import KERNEL_LIMIT
 from bla_inductor.emit import Unemittable, grouped, memory_order
 from bla_inductor.operands import Catalogue, Operand, Piece, Source
 from bla_inductor.patterns import LinearAttention
 from bla_inductor.report import Location
 
-__all__ = ["Plan", "is_differentiated"]
+__all__ = ["Plan"]
 
 _INDIFFERENT = {torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -179,12 +180,6 @@ def _addend(root: fx.Node, seen: Observation) -> tuple[fx.Node, Any]:
     if node is None:
         raise Unemittable("what is added to it in the same operator cannot be separated from it")
     return node, dict(leaf.origin.kwargs)["alpha"]
-
-
-def is_differentiated(root: fx.Node) -> bool:
-    """Whether autograd records it."""
-    known = root.meta.get("example_value", root.meta.get("val"))
-    return isinstance(known, torch.Tensor) and known.requires_grad
 
 
 def _letters(found: LinearAttention, flat: Sequence[Index], seen: Observation) -> tuple[Axis, ...]:

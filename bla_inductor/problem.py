@@ -8,11 +8,12 @@ import torch
 
 from bla_inductor.absorb import dead_without, inside
 from bla_inductor.algebra import Index, Observation, Read, Term, Value, product
+from bla_inductor.algebra.regions import is_differentiated
 from bla_inductor.cost import Problem, reads_channels_first
 from bla_inductor.operands import Operand
 from bla_inductor.ops.feature_map import has_rows
 from bla_inductor.ops.layout import known
-from bla_inductor.plan import Plan, is_differentiated
+from bla_inductor.plan import Plan
 
 __all__ = ["problem"]
 

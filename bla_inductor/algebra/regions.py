@@ -14,7 +14,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from bla_inductor.algebra.composites import is_composite
 from bla_inductor.algebra.observer import Observer
 
-__all__ = ["Regions", "hooks", "is_users"]
+__all__ = ["Regions", "hooks", "is_differentiated", "is_users"]
 
 _ENTER = torch.autograd.grad_mode._enter_inference_mode
 _EXIT = torch.autograd.grad_mode._exit_inference_mode
@@ -73,13 +73,14 @@ class Regions:
         found: dict[fx.Node, None] = {}
         for node, tensor in self._observer.seen.tensors.items():
             differentiable = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-            above = any(_has_gradient(x) or x in found for x in node.all_input_nodes)
-            if differentiable and above and not _has_gradient(node):
+            above = any(is_differentiated(x) or x in found for x in node.all_input_nodes)
+            if differentiable and above and not is_differentiated(node):
                 found[node] = None
         return list(found)
 
 
-def _has_gradient(node: fx.Node) -> bool:
+def is_differentiated(node: fx.Node) -> bool:
+    """Whether autograd recorded it, by its metadata."""
     known = node.meta.get("example_value", node.meta.get("val"))
     return isinstance(known, torch.Tensor) and known.requires_grad
 

@@ -52,9 +52,8 @@ def test_integers_wrap_around(function: Function, matches: int) -> None:
     q, v = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
     k = torch.randint(0, 100, (2, 3, 20, 8), dtype=torch.uint8)
     weight = torch.randint(0, 100, (2, 1, 20, 1), dtype=torch.uint8)
-    torch.testing.assert_close(
-        compiled(function)(q, k, v, weight), function(q, k, v, weight), rtol=1e-4, atol=1e-1
-    )
+    got, want = compiled(function)(q, k, v, weight), function(q, k, v, weight)
+    assert (got - want).norm() <= 1e-5 * want.norm()
     assert matched() == matches
 
 
