@@ -2,7 +2,7 @@
 80:bf16`.
 
 In a template strides are numbers in the kernel's text, so that other tiles are best than where the
-operator is called (sweep.py). Every candidate is a graph of its own, forward and backward, with one
+operator is called. Every candidate is a graph of its own, forward and backward, with one
 tile for each of the four kernels; the profiler tells the kernels' times apart. Processes compile
 side by side, wait for each other, and then time one after the other, so that nothing else runs on
 the GPU. Large tensors only: candidates take the place of what large.py says.
@@ -180,7 +180,7 @@ def tell(found: Sequence[Any], options: Any) -> None:
     from bla_inductor.bench.measure import bandwidth
 
     copy = bandwidth("cuda")
-    print(f"# {torch.cuda.get_device_name()}, copy {copy / 1e12:.2f} TB/s, {len(found)} graphs")
+    print(f"# {torch.cuda.get_device_name()}, copy {copy / 1e9:.2f} TB/s, {len(found)} graphs")
     for point, picks, why in found:
         if isinstance(why, str):
             print(f"failed {point} {picks}: {why}")
@@ -195,7 +195,7 @@ def tell(found: Sequence[Any], options: Any) -> None:
                 if at == point and kernel in picks and not isinstance(took, str)
             ]
             for took, pick in sorted(ranked, key=lambda x: x[0])[: options.show]:
-                share = 100 * units * size / copy / (took * 1e-6)
+                share = 100 * units * size / copy / (took * 1e-3)
                 tile = "the table's" if pick is None else (pick[0], *pick[4:])
                 print(f"  {kernel:7} {took:8.1f} µs {share:4.0f} %  {tile}", flush=True)
 

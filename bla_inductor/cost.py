@@ -24,8 +24,6 @@ _FAST_FLOAT32_HEAD_DIM = 64
 _MOST_COPIES = 3
 _MOST_COPIES_UNNORMALISED = 1
 _ROW = 16  # bytes that the kernels read at a time
-# The kernels can read what has its rows contiguous. Off: no GPU has measured it yet.
-READS_CHANNELS_FIRST = False
 _ALWAYS = "options={'rewrite': 'always'} overrides this"
 _INSIDE = {"scores": "matrix of scores q·kᵀ", "state": "state kᵀv"}
 
@@ -71,11 +69,6 @@ class Problem:
 class Decision:
     pays: bool
     reason: str
-
-
-def reads_channels_first(widest: int) -> bool:
-    """Whether the kernels for head dims up to `widest` read q, k and v channels first."""
-    return READS_CHANNELS_FIRST and widest <= _FAST_HEAD_DIM
 
 
 def decide(p: Problem) -> Decision:

@@ -9,7 +9,7 @@ import torch
 from bla_inductor.absorb import dead_without, inside
 from bla_inductor.algebra import Index, Observation, Read, Term, Value, product
 from bla_inductor.algebra.regions import is_differentiated
-from bla_inductor.cost import Problem, reads_channels_first
+from bla_inductor.cost import Problem
 from bla_inductor.operands import Operand
 from bla_inductor.ops.feature_map import has_rows
 from bla_inductor.ops.layout import known
@@ -23,9 +23,8 @@ def problem(plan: Plan, seen: Observation) -> Problem:
         return seen.hint(product(i.size for i in axis))
 
     c, d = size(plan.gathered.k.columns), size(plan.d)
-    passed, either = plan.distinct(), reads_channels_first(max(c, d))
-    readable = _readable_either_way if either else _beside
-    apart = [name for name, o in plan.operands.items() if not readable(o, seen)]
+    passed = plan.distinct()
+    apart = [name for name, o in plan.operands.items() if not _beside(o, seen)]
     return Problem(
         batch=size(plan.batch),
         n=size(plan.n),
@@ -109,19 +108,6 @@ def _beside(operand: Operand, seen: Observation) -> bool:
     strides = seen.tensors[operand.source.node].stride()
     axes = zip(operand.source.axes, strides, strict=True)
     return any(operand.columns[-1:] == axis[-1:] and known(s == 1) for axis, s in axes)
-
-
-def _readable_either_way(operand: Operand, seen: Observation) -> bool:
-    """As `_beside`; or its rows are, in whole groups of 8 bytes (templates/tiles.py)."""
-    if operand.source is None or _beside(operand, seen):
-        return True
-    tensor = seen.tensors[operand.source.node]
-    axes = zip(operand.source.axes, tensor.shape, tensor.stride(), strict=True)
-    group = max(1, 8 // tensor.dtype.itemsize)
-    return any(
-        operand.rows[-1:] == axis[-1:] and known(s == 1) and known(n % group == 0)
-        for axis, n, s in axes
-    )
 
 
 def _is_given(operand: Operand, seen: Observation) -> bool:

@@ -245,11 +245,9 @@ def in_columns(x, DTYPE: tl.constexpr):
 
 
 @triton.constexpr_function
-def sums_in_columns(precision, decoupled, group):
-    """Whether sums with a vector are products with `in_columns`: where the tile is in 16 bits and
-    read along the features (`tiles.rows_inside`; `batch.aligned` says why).
-    """
-    return precision in ("native", "pair", "split") and not decoupled and group == 1
+def sums_in_columns(precision, decoupled):
+    """Whether sums with a vector are products with `in_columns`: where the tile is in 16 bits."""
+    return precision in ("native", "pair", "split") and not decoupled
 
 
 @triton.jit

@@ -20,7 +20,6 @@ from bla_inductor.kernels.common import (
     tile_range,
 )
 from bla_inductor.kernels.overlap import launch_dependents, wait_for_previous
-from bla_inductor.kernels.tiles import rows_inside
 from bla_inductor.kernels.two_pieces import key_pass_in_two
 
 
@@ -34,7 +33,7 @@ def key_gradients(
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, GROUP: tl.constexpr = 1,
+    PRECISION: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of rows first … last, whose first the pointers are for."""
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
@@ -54,7 +53,7 @@ def key_gradients(
             skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
             NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
-            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG, GROUP,
+            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip
         dk_ptr += BLOCK_N * sdkn
         dv_ptr += BLOCK_N * sdvn
@@ -77,7 +76,7 @@ def _write_tile(
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DKN: tl.constexpr, NEED_DW: tl.constexpr,
     K_MAP: tl.constexpr, K_MAP_GRAD: tl.constexpr,
     KN_MAP: tl.constexpr, KN_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, GROUP: tl.constexpr = 1,
+    PRECISION: tl.constexpr, BIG: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one tile, of which `left` rows are left."""
     DTYPE: tl.constexpr = k_ptr.dtype.element_ty
@@ -91,7 +90,7 @@ def _write_tile(
     rdn = tile_range(BLOCK_DN, BIG)
     columns = column_mask(rd, D, BLOCK_D)
     columns_n = column_mask(rdn, DN, BLOCK_DN)
-    rows = rows_inside(rn, left, GROUP)
+    rows = rn < left
     inside = rows
     if WEIGHT == "mask":
         inside = rows & (tl.load(a_ptr + rn * san, mask=rows, other=0) != 0)
@@ -183,7 +182,6 @@ def key_pass_kernel(
     REST: tl.constexpr,  # columns beyond BLOCK_D and BLOCK_V: see two_pieces.py
     BIG: tl.constexpr,
     PDL: tl.constexpr,
-    GROUP: tl.constexpr = 1,  # see tiles.py
 ):  # fmt: skip
     pid = tl.program_id(0)
     chunk = pid % CHUNKS
@@ -230,5 +228,5 @@ def key_pass_kernel(
             skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
             NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
-            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG, GROUP,
+            K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
         )  # fmt: skip

@@ -1,9 +1,8 @@
 """Launch parameters for large tensors on sm_90, most of them with descriptors (tiles.py).
 
 From sweeps on an H100 over 2 to 256 MiB a tensor, elu + 1 inside (docs/performance.md). What is not
-in the tables keeps the tile of heuristics.py: below 64 features rows are too short for descriptors
-to pay, and the output and key passes of most head dims gain nothing, nor do the passes in two
-pieces.
+in the tables keeps the tile of heuristics.py. Compiled graphs decide, in which strides are numbers
+(benchmarks/sweep_compiled.py).
 """
 
 from functools import cache
@@ -52,12 +51,14 @@ def _large(kernel: str, D: int, rest: int, dtype: torch.dtype) -> tuple[int, Til
     d = block(D)
     if D > 128:
         return 4, _wide(kernel, D, dtype)
+    if D < 64:
+        return 8, _narrow(kernel, D, dtype)
     if kernel == "state" and D > 64:
         return 2, Tile(64, d, d, d, 8, 4 if D <= 80 else 3, 1, TMA=True)
     if kernel == "state" and D == 64:
         return 32, Tile(64, d, d, d, 4, 4, 1, TMA=True)
-    if kernel == "output" and 64 < D <= 80:
-        return 32, Tile(128, d, d, d, 8, 4, 1, TMA=True)
+    if kernel == "output" and D > 64:
+        return 8, Tile(64, d, d, d, 4, 3, 2, TMA=True)
     if kernel == "query" and D == 64:
         return 8, Tile(64, d, d, d, 4, 3, 2, TMA=True)
     if kernel == "query" and 64 < D <= 128 and dtype == torch.bfloat16 and not rest:
@@ -66,6 +67,22 @@ def _large(kernel: str, D: int, rest: int, dtype: torch.dtype) -> tuple[int, Til
     if kernel == "key" and D == 64:
         return 64, Tile(128, d, d, d, 8, 3, 4)
     return 0, None
+
+
+def _narrow(kernel: str, D: int, dtype: torch.dtype) -> Tile | None:
+    """Head dims below 64."""
+    if D <= 16 or (D > 32 and kernel in ("query", "key") and dtype not in WHOLE_IN):
+        return None
+    tiles = {
+        ("output", 32): Tile(128, 32, 32, 32, 4, 4, 4),
+        ("query", 32): Tile(64, 32, 32, 32, 2, 3, 4),
+        ("key", 32): Tile(256, 32, 32, 32, 8, 3, 2),
+        ("state", 64): Tile(64, 64, 64, 64, 4, 2, 4),
+        ("output", 64): Tile(64, 64, 64, 64, 4, 3, 4),
+        ("query", 64): Tile(64, 64, 64, 64, 4, 3, 2, TMA=True),
+        ("key", 64): Tile(128, 64, 64, 64, 8, 2, 4),
+    }
+    return tiles.get((kernel, block(D)))
 
 
 def _wide(kernel: str, D: int, dtype: torch.dtype) -> Tile | None:
@@ -111,7 +128,7 @@ def _float32(kernel: str, D: int, precision: str) -> tuple[int, Tile | None]:
     tiles = {
         ("state", "ieee", 64): Tile(32, 64, 64, 64, 4, 3, 3, TMA=True),
         ("output", "parts", 64): Tile(128, 64, 64, 64, 8, 3, 1, TMA=True),
-        ("state", "tf32", 64): Tile(64, 64, 64, 64, 4, 3, 2, TMA=True),
+        ("state", "tf32", 64): Tile(32, 64, 64, 64, 4, 4, 2, TMA=True),
         ("output", "tf32", 64): Tile(128, 64, 64, 64, 8, 3, 1, TMA=True),
         ("query", "tf32", 64): Tile(16, 64, 64, 64, 4, 3, 3, TMA=True),
         ("key", "tf32", 64): Tile(64, 64, 64, 64, 4, 2, 2),

@@ -26,18 +26,17 @@ from bla_inductor.kernels.common import (
     tile_range,
 )
 from bla_inductor.kernels.overlap import launch_dependents, prefetch_rows, wait_for_previous
-from bla_inductor.kernels.tiles import load_tile, rows_inside, tiles_of
+from bla_inductor.kernels.tiles import load_tile, tiles_of
 
 
 @triton.jit
 def held_for_output(
     state, key_sum, DTYPE: tl.constexpr,
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr = 1,
 ):  # fmt: skip
     """(state, factor, key_sum, norm_factor) as `output_tile` wants them."""
     state, factor = held(state, 0, DTYPE, PRECISION)
-    if NORMALIZER != "none" and sums_in_columns(PRECISION, DECOUPLED, GROUP):
+    if NORMALIZER != "none" and sums_in_columns(PRECISION, DECOUPLED):
         key_sum, norm_factor = in_columns(key_sum, DTYPE)
         return state, factor, key_sum, norm_factor
     else:
@@ -52,7 +51,7 @@ def output_tile(
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, FULL: tl.constexpr,
-    row=0, TMA: tl.constexpr = False, GROUP: tl.constexpr = 1,
+    row=0, TMA: tl.constexpr = False,
 ):  # fmt: skip
     """scale · xf·state / guard(qn·key_sum) in fp32 of one tile, of which `left` rows are left.
 
@@ -60,14 +59,14 @@ def output_tile(
     """
     rn = tile_range(BLOCK_N, BIG)
     rd = tile_range(BLOCK_D, BIG)
-    inside = rows_inside(rn, left, GROUP)
+    inside = rn < left
     x_mask = tile_mask(inside, rd, D, BLOCK_D, FULL)
     x = load_tile(x_tiles, row, 0, rn, rd, sxn, sxd, x_mask, TMA)
     DTYPE: tl.constexpr = x.dtype
     x = operand(x, column_mask(rd, D, BLOCK_D), X_MAP)
     w = tl.zeros((BLOCK_N,), tl.float32) + scale
     if NORMALIZER != "none":
-        if sums_in_columns(PRECISION, DECOUPLED, GROUP):
+        if sums_in_columns(PRECISION, DECOUPLED):
             z = tl.sum(tl.dot(x, key_sum), 1) * norm_factor
         else:
             if DECOUPLED:
@@ -101,13 +100,12 @@ def apply_state(
     HAS_BIAS: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr, OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
-    GROUP: tl.constexpr = 1,
 ):  # fmt: skip
     """Write rows first … last of out; the pointers are those of row `first`, key_sum includes
     norm_scale.
     """
     state, factor, key_sum, norm_factor = held_for_output(
-        state, key_sum, x_ptr.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION, GROUP
+        state, key_sum, x_ptr.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION
     )
     x_tiles = tiles_of(x_ptr, last - first, sxn, D, BLOCK_N, BLOCK_D, TMA)
     for n in range(0, last - first, BLOCK_N):
@@ -117,7 +115,7 @@ def apply_state(
             n, last - first - n, tile, scale, eps, sxn, sxd, snn, snd, son, sod, swn, srn, srd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
             NORMALIZER, DECOUPLED, HAS_BIAS, WEIGHT, WEIGHT_GRAD,
-            X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG, TMA, GROUP,
+            X_MAP, XN_MAP, OUT_MAP, OUT_MAP_GRAD, PRECISION, BIG, TMA,
         )  # fmt: skip
         if not TMA:
             x_tiles += BLOCK_N * sxn
@@ -138,19 +136,19 @@ def _apply_to_tile(
     NORMALIZER: tl.constexpr, DECOUPLED: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
     X_MAP: tl.constexpr, XN_MAP: tl.constexpr, OUT_MAP: tl.constexpr, OUT_MAP_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Write one tile of out, of which `left` rows are left."""
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     rn = tile_range(BLOCK_N, BIG)
     rv = tile_range(BLOCK_V, BIG) + tile * BLOCK_V
-    inside = rows_inside(rn, left, GROUP)
+    inside = rn < left
     columns = column_mask(rv, DV, BLOCK_V * TILES)
     o_mask = tile_mask(inside, rv, DV, BLOCK_V * TILES, False)
     out = output_tile(
         x_tiles, n_ptr, state, factor, key_sum, norm_factor, left, scale, eps, sxn, sxd, snn, snd,
         D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-        NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, False, n, TMA, GROUP,
+        NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, False, n, TMA,
     )  # fmt: skip
     if HAS_BIAS:
         out += bias[None, :]

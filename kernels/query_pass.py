@@ -32,7 +32,7 @@ from bla_inductor.kernels.common import (
     whole_sums,
 )
 from bla_inductor.kernels.overlap import launch_dependents, wait_for_previous
-from bla_inductor.kernels.tiles import load_tile, rows_inside, tiles_of
+from bla_inductor.kernels.tiles import load_tile, tiles_of
 from bla_inductor.kernels.two_pieces import query_pass_in_two
 
 
@@ -50,7 +50,6 @@ def query_gradients(
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
-    GROUP: tl.constexpr = 1,
 ):  # fmt: skip
     """(dstate, dkey_sum / norm_scale) of rows first … last, whose first the pointers are for.
 
@@ -58,8 +57,7 @@ def query_gradients(
     norm_scale.
     """
     NEED_T: tl.constexpr = NEED_DQ or NORMALIZER != "none"
-    IN_COLUMNS: tl.constexpr = sums_in_columns(PRECISION, DECOUPLED, GROUP)
-    TENSOR_SUMS: tl.constexpr = NORMALIZER != "none" and IN_COLUMNS
+    TENSOR_SUMS: tl.constexpr = NORMALIZER != "none" and sums_in_columns(PRECISION, DECOUPLED)
     factor = 1.0
     if NEED_T:
         state, factor = held(tl.trans(state), 0, do_ptr.dtype.element_ty, PRECISION)
@@ -79,7 +77,7 @@ def query_gradients(
             sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
             NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, PARTIAL,
-            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS, TMA, GROUP,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TENSOR_SUMS, TMA,
         )  # fmt: skip
         if not TMA:
             do_tiles += BLOCK_N * sgn
@@ -107,7 +105,6 @@ def _tile_gradients(
     Q_MAP: tl.constexpr, Q_MAP_GRAD: tl.constexpr,
     QN_MAP: tl.constexpr, QN_MAP_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BIG: tl.constexpr, TENSOR_SUMS: tl.constexpr, TMA: tl.constexpr,
-    GROUP: tl.constexpr,
 ):  # fmt: skip
     """dstate and sums with one tile added, of which `left` rows are left; writes its dq, dq', if
     PARTIAL only of the rows within own_first … own_last, counted from the first tile as n is.
@@ -116,7 +113,7 @@ def _tile_gradients(
     rd = tile_range(BLOCK_D, BIG)
     rv = tile_range(BLOCK_V, BIG)
     rdn = tile_range(BLOCK_DN, BIG)
-    inside = rows_inside(rn, left, GROUP)
+    inside = rn < left
     q_mask = tile_mask(inside, rd, D, BLOCK_D, False)
     do_mask = tile_mask(inside, rv, DV, BLOCK_V, False)
     raw = load_tile(q_tiles, n, 0, rn, rd, sqn, sqd, q_mask, TMA)
@@ -213,7 +210,6 @@ def query_pass_kernel(
     BIG: tl.constexpr,
     TMA: tl.constexpr,  # see tiles.py
     PDL: tl.constexpr,
-    GROUP: tl.constexpr = 1,  # see tiles.py
 ):  # fmt: skip
     scale = tl.cast(scale, tl.float32)
     norm_scale = tl.cast(norm_scale, tl.float32)
@@ -264,7 +260,7 @@ def query_pass_kernel(
             sgn, sgd, sqn, sqd, snn, snd, sdqn, sdqd, sdnn, sdnd,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
             NEED_DQ, NEED_DQN, NEED_DSTATE, NEED_DSUM, STORE_WEIGHTS, False,
-            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TMA, GROUP,
+            Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, TMA,
         )  # fmt: skip
         if NEED_DSTATE:
             tl.store(DSTATE + slot64 * DSTATE_STRIDE + state_offsets, dstate, mask=state_mask)

@@ -114,7 +114,6 @@ def short_backward_kernel(
     PRECISION: tl.constexpr,
     BIG: tl.constexpr,
     PDL: tl.constexpr,
-    GROUP: tl.constexpr = 1,  # see tiles.py
 ):  # fmt: skip
     scale = tl.cast(scale, tl.float32)
     norm_scale = tl.cast(norm_scale, tl.float32)
@@ -132,9 +131,8 @@ def short_backward_kernel(
     first64 = first.to(tl.int64)
     k_ptr = K + b0 * sk0 + b1 * sk1 + first64 * skn
     v_ptr = V + b0 * sv0 + b1 * sv1 + first64 * svn
-    if GROUP == 1:
-        prefetch_rows(k_ptr, last - first, skn, D, BLOCK_N)
-        prefetch_rows(v_ptr, last - first, svn, DV, BLOCK_N)
+    prefetch_rows(k_ptr, last - first, skn, D, BLOCK_N)
+    prefetch_rows(v_ptr, last - first, svn, DV, BLOCK_N)
     wait_for_previous(PDL)
     launch_dependents(PDL)
     state = scale
@@ -159,7 +157,7 @@ def short_backward_kernel(
         sgn, sgd, sqn, sqd, sxn, sxd, sdqn, sdqd, sdxn, sdxd,
         D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORMALIZER, DECOUPLED,
         NEED_DQ, NEED_DQN, True, NORM != "none", False, True,
-        Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG, False, GROUP,
+        Q_MAP, Q_MAP_GRAD, QN_MAP, QN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip
     key_gradients(
         k_ptr,
@@ -174,5 +172,5 @@ def short_backward_kernel(
         skn, skd, svn, svd, snn, snd, san, sdkn, sdkd, sdvn, sdvd, sdnn, sdnd, sdan,
         D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N, NORM, WEIGHT,
         NEED_DK, NEED_DV, NEED_DKN, NEED_DW,
-        K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG, GROUP,
+        K_MAP, K_MAP_GRAD, KN_MAP, KN_MAP_GRAD, PRECISION, BIG,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from bla_inductor.kernels.common import (
     whole_sums,
 )
 from bla_inductor.kernels.overlap import launch_dependents, wait_for_previous
-from bla_inductor.kernels.tiles import load_tile, rows_inside, tiles_of
+from bla_inductor.kernels.tiles import load_tile, tiles_of
 
 
 @triton.jit
@@ -35,15 +35,12 @@ def accumulate_state(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr, TMA: tl.constexpr = False,
-    GROUP: tl.constexpr = 1,
 ):  # fmt: skip
     """(state, key_sum) of rows first … last; the pointers are those of row `first`. No TMA where
     WEIGHT is a mask: rows that it drops are not read.
     """
     # A product with `in_columns`, where the user's graph rounds the sum to 16 bits anyway.
-    TENSOR_SUMS: tl.constexpr = (
-        NORM == "coupled" and PRECISION == "native" and not EXACT and GROUP == 1
-    )
+    TENSOR_SUMS: tl.constexpr = NORM == "coupled" and PRECISION == "native" and not EXACT
     state = tl.zeros((BLOCK_D, BLOCK_V), tl.float32)
     if TENSOR_SUMS:
         sums = tl.zeros((BLOCK_D, 16), tl.float32)
@@ -57,7 +54,7 @@ def accumulate_state(
             b_ptr, state, sums, n, last - first - n, tile,
             skn, skd, svn, svd, snn, snd, san,
             D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS, TMA, GROUP,
+            NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TENSOR_SUMS, TMA,
         )  # fmt: skip
         if not TMA:
             k_tiles += BLOCK_N * skn
@@ -76,14 +73,14 @@ def _add_tile(
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_DN: tl.constexpr, BLOCK_N: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, K_MAP: tl.constexpr, KN_MAP: tl.constexpr,
     EXACT: tl.constexpr, PRECISION: tl.constexpr, BIG: tl.constexpr,
-    TENSOR_SUMS: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
+    TENSOR_SUMS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """state and sums with the tile of row n added, of which `left` rows are left."""
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     rn = tile_range(BLOCK_N, BIG)
     rd = tile_range(BLOCK_D, BIG)
     rv = tile_range(BLOCK_V, BIG) + tile * BLOCK_V
-    inside = rows_inside(rn, left, GROUP)
+    inside = rn < left
     if WEIGHT == "mask":
         inside = inside & (tl.load(a_ptr + rn * san, mask=inside, other=0) != 0)
     elif WEIGHT == "float":
@@ -153,7 +150,6 @@ def state_kernel(
     BIG: tl.constexpr,
     TMA: tl.constexpr,  # see tiles.py
     PDL: tl.constexpr,
-    GROUP: tl.constexpr = 1,  # see tiles.py
 ):  # fmt: skip
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     pid = tl.program_id(0)
@@ -176,7 +172,7 @@ def state_kernel(
         B + b0 * sa0 + b1 * sa1 + first64 * san,
         first, last, tile, skn, skd, svn, svd, snn, snd, san,
         D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TMA, GROUP,
+        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, PRECISION, BIG, TMA,
     )  # fmt: skip
     slot64 = slot.to(tl.int64)
     cd = tl.arange(0, BLOCK_D)

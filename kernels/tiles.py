@@ -6,8 +6,7 @@ sm_90) one thread asks for the tile, hardware moves it, and what lies outside is
 takes 128 bytes of memory a program (`compat.gives_kernels_memory`), and about a microsecond to
 make, so large tensors have them (large.py) and small ones have pointers.
 
-Rows are 16-byte aligned and features contiguous either way (batch.py); in templates, rows may be
-contiguous instead (GROUP, `templates.tiles`).
+Rows are 16-byte aligned and features contiguous either way (batch.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -26,16 +25,6 @@ def tiles_of(
         return tl.make_tensor_descriptor(pointer, [rows, COLUMNS], [sn, 1], [BLOCK_N, BLOCK])
     else:
         return pointer
-
-
-@triton.jit
-def rows_inside(rn, left, GROUP: tl.constexpr):
-    """Which rows are among the first `left`. GROUP divides `left`: where rows, not features, are
-    beside each other in memory, a thread moves so many at a time.
-    """
-    if GROUP > 1:
-        rn = rn // GROUP * GROUP
-    return rn < left
 
 
 @triton.jit

@@ -56,8 +56,8 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
 
     if case.packed:
         q, k, v = draw(case.B, case.N, 3, case.H, case.D).permute(2, 0, 3, 1, 4)
-        do = draw(case.B, case.N, case.H, case.D).transpose(1, 2)
-        return Inputs(q, k, v, do)
+        # As the result lies: AOTAutograd copies a gradient that comes in another layout.
+        return Inputs(q, k, v, draw(case.B, case.H, case.N, case.D))
     return Inputs(
         draw(case.B, case.H, case.N, case.D),
         draw(case.B, case.H, case.keys, case.D),

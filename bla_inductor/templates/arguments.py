@@ -11,7 +11,7 @@ from torch.utils._sympy.functions import CeilDiv
 
 from bla_inductor.kernels import heuristics, large
 from bla_inductor.kernels.heuristics import Tile
-from bla_inductor.templates.operands import Expr, Node, equal, multiple
+from bla_inductor.templates.operands import Expr, Node, equal
 
 
 def static(size: Expr) -> int:
@@ -56,22 +56,6 @@ def divided(rows: Expr, programs: Expr, tile: Tile, device: torch.device) -> tup
     return each, CeilDiv(rows, each)
 
 
-def group(*nodes: Node | None) -> int:
-    """GROUP of the kernels (`kernels.tiles.rows_inside`): how many rows are moved at a time where
-    those of one of the nodes, not its features, are beside each other in memory; else 1.
-    """
-    apart = [x for x in nodes if x is not None and not equal(x.get_stride()[-1], 1)]
-    return min(map(_rows_at_a_time, apart), default=1)
-
-
-def _rows_at_a_time(x: Node) -> int:
-    """Those in 16 bytes, or in 8, which `tiles.in_tiles` has seen to."""
-    *outer, _, features = x.get_stride()
-    steps = (x.get_size()[-2], x.get_layout().offset, features, *outer)
-    itemsize = x.get_dtype().itemsize
-    return (16 if all(multiple(s * itemsize, 16) for s in steps) else 8) // itemsize
-
-
 def for_large(
     kernel: str,
     tile: Tile,
@@ -83,7 +67,7 @@ def for_large(
     """`kernels.large.for_large`, for what `kernel` reads. Generated C++ may not give a kernel the
     memory that descriptors take.
     """
-    if V.graph.cpp_wrapper or group(*read) > 1:
+    if V.graph.cpp_wrapper:
         return tile
     steps = tuple(int(not equal(x.get_stride()[-2], 0)) for x in read)
     capability = heuristics.capability(read[0].get_device())

@@ -22,7 +22,7 @@ from bla_inductor.ops.packed import split_places
 from bla_inductor.ops.schema import Gradients
 from bla_inductor.templates import Unsupported, arguments
 from bla_inductor.templates.arguments import empty
-from bla_inductor.templates.forward import Call, bound, reads_channels_first
+from bla_inductor.templates.forward import Call, bound
 from bla_inductor.templates.key_pass import key_pass, short_backward
 from bla_inductor.templates.operands import Expr, Node, equal, merges, realized
 from bla_inductor.templates.query_pass import query_pass
@@ -39,11 +39,7 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     packed: (size, places) of a buffer for some of them, which is then the first result.
     """
     call = bound(x.inputs)
-    read = {
-        "q": x.inputs.q,
-        "q_norm": x.inputs.q_norm,
-        "do": in_tiles("do", x.do, reads_channels_first(x.inputs)),
-    }
+    read = {"q": x.inputs.q, "q_norm": x.inputs.q_norm, "do": in_tiles("do", x.do)}
     read = over_batch(call.query_batch, read, call.key_batch)
     x.inputs.q, x.inputs.q_norm, do = read["q"], read["q_norm"], read["do"]
     assert do is not None
@@ -158,9 +154,6 @@ def _short_parts(call: Call, x: Any, do: Node, precision: str) -> int:
     turn out long.
     """
     if not arguments.is_static(call.N, call.M):
-        return 0
-    group = arguments.group(do, *x.inputs.tensors[:5])
-    if call.N % group or call.M % group:
         return 0
     given = [t for t, need in zip(x.inputs.tensors, x.needs, strict=True) if need and t is not None]
     batches = [t.get_size()[: len(call.query_batch)] for t in given]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from sympy import Min
 
-from bla_inductor import cost
 from bla_inductor.kernels import heuristics, short_heuristics, state
 from bla_inductor.kernels.precision import output_precision, state_precision
 from bla_inductor.ops.feature_torch import finite_at_zero
@@ -62,16 +61,9 @@ class Call:
         return "coupled" if self.x.k_norm is None else "decoupled"
 
 
-def reads_channels_first(x: Any) -> bool:
-    """Whether the kernels for these head dims read what has its rows contiguous."""
-    tensors = [t for t in x.tensors[:5] if t is not None]
-    return cost.reads_channels_first(max(static(t.get_size()[-1]) for t in tensors))
-
-
 def bound(x: Any) -> Call:
     """The arguments, realized. Unsupported where the kernels do not cover them."""
     device, dtype = x.q.get_device(), x.q.get_dtype()
-    channels_first = reads_channels_first(x)
     if device.type != "cuda":
         raise Unsupported(f"the templates are for CUDA, and this is {device.type}")
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -79,11 +71,7 @@ def bound(x: Any) -> Call:
     for name in ("q", "k", "v", "q_norm", "k_norm", "key_weight"):
         node = getattr(x, name)
         if node is not None:
-            setattr(
-                x,
-                name,
-                realized(node) if name == "key_weight" else in_tiles(name, node, channels_first),
-            )
+            setattr(x, name, realized(node) if name == "key_weight" else in_tiles(name, node))
             if any(equal(size, 0) for size in node.get_size()):
                 raise Unsupported(f"{name} has no elements")
     for text in x.maps:
@@ -192,11 +180,8 @@ def statistics(
     D, DV = static(k.get_size()[-1]), static(v.get_size()[-1])
     DN = static((k if k_norm is None else k_norm).get_size()[-1])
     M, normalized = k.get_size()[-2], norm != "none"
-    group = arguments.group(k, v, k_norm)
     plain = not exact and k_norm is None and arguments.weight_kind(weights[0]) != "float"
-    tile = heuristics.state_tile(
-        D, DV, DN, precision, heuristics.capability(device), plain and group == 1
-    )
+    tile = heuristics.state_tile(D, DV, DN, precision, heuristics.capability(device), plain)
     count = arguments.product(batch)
     if k_norm is None and not exact and arguments.weight_kind(weights[0]) != "mask":
         kernel = "state" if weights[0] is None else "weighted state"
@@ -252,7 +237,6 @@ def statistics(
             "D": D,
             "DV": DV,
             "DN": DN,
-            "GROUP": group,
             "NORM": norm,
             "WEIGHT": arguments.weight_kind(weight),
             "EXACT": exact,

@@ -21,9 +21,7 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
     batch, outputs = call.key_batch, ("DK", "DVALUE", "DKN", "DA")
     sizes = D, DV, DN, precision, heuristics.capability(call.device)
     tile = heuristics.key_pass_tile(*sizes)
-    group = arguments.group(x.k, x.v, x.k_norm)
-    plain = x.k_norm is None and x.key_weight is None and group == 1
-    if plain and not has_rows(call.maps["k"]):
+    if x.k_norm is None and x.key_weight is None and not has_rows(call.maps["k"]):
         tile = heuristics.in_two_pieces("key", call.dtype, *sizes) or tile
     if x.k_norm is None:
         elements = arguments.product(batch) * call.M * D
@@ -63,7 +61,6 @@ def key_pass(call: Call, wanted: Wanted, dstate: Node, dsum: Node | None, precis
             "D": D,
             "DV": DV,
             "DN": DN,
-            "GROUP": group,
             "NORM": call.norm if dsum is not None else "none",
             "WEIGHT": arguments.weight_kind(x.key_weight),
             **needs(wanted, "DK", "DVALUE", "DKN", "DA"),
@@ -131,7 +128,6 @@ def short_backward(
             "D": call.D,
             "DV": call.DV,
             "DN": call.DN,
-            "GROUP": arguments.group(do, x.q, x.q_norm, x.k, x.v, x.k_norm),
             "NORMALIZER": x.normalizer,
             "NORM": call.norm,
             "DECOUPLED": x.q_norm is not None,

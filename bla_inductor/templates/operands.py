@@ -34,11 +34,6 @@ def less(a: Expr, b: Expr) -> bool:
     return bool(V.graph.sizevars.statically_known_lt(a, b))
 
 
-def multiple(a: Expr, of: int) -> bool:
-    """Whether `of` is known to divide a, without a guard."""
-    return bool(V.graph.sizevars.statically_known_multiple_of(sympy.sympify(a), of))
-
-
 def realized(x: Node) -> Node:
     """x in memory, its layout final: a view of its buffer where that is possible, else a copy."""
     x = ir.ExternKernel.realize_input(x)

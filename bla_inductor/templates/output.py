@@ -16,7 +16,7 @@ from bla_inductor.kernels import heuristics, output, short_heuristics
 from bla_inductor.kernels import state as state_kernels
 from bla_inductor.kernels.heuristics import Tile
 from bla_inductor.kernels.overlap import prefetch_rows
-from bla_inductor.kernels.tiles import rows_inside, tiles_of
+from bla_inductor.kernels.tiles import tiles_of
 from bla_inductor.templates import arguments, launch
 from bla_inductor.templates.arguments import empty
 from bla_inductor.templates.operands import Expr, Node, Operands, equal, realized
@@ -25,14 +25,7 @@ from bla_inductor.templates.result import Result
 if TYPE_CHECKING:
     from bla_inductor.templates.forward import Call
 
-_FUNCTIONS = (
-    output.held_for_output,
-    output.output_tile,
-    tiles_of,
-    rows_inside,
-    prefetch_rows,
-    *launch.OVERLAP,
-)
+_FUNCTIONS = (output.held_for_output, output.output_tile, tiles_of, prefetch_rows, *launch.OVERLAP)
 
 _PROGRAM = """
     TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -54,7 +47,7 @@ _PROGRAM = """
     first64 = first.to(tl.int64)
     x_ptr = X + b0 * sx0 + b1 * sx1 + first64 * sxn
 """
-_AHEAD = "    if GROUP == 1:\n        prefetch_rows(x_ptr, last - first, sxn, D, BLOCK_N)"
+_AHEAD = "    prefetch_rows(x_ptr, last - first, sxn, D, BLOCK_N)"
 
 _LOAD_STATE = """
     sc0, sc1, scc, scd = {state}
@@ -79,7 +72,7 @@ _MAKE_STATE = """
         K + b0 * sk0 + b1 * sk1, V + b0 * sv0 + b1 * sv1, {KN} + b0 * sn0 + b1 * sn1, a_ptr, a_ptr,
         0, {keys}, 0, skn, skd, svn, svd, snn, snd, san,
         D, DV, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, STATE_PRECISION, BIG, False, KEY_GROUP,
+        NORM, WEIGHT, K_MAP, KN_MAP, EXACT, STATE_PRECISION, BIG,
     )
     if chunk == 0:
         batch64 = batch.to(tl.int64)
@@ -95,7 +88,7 @@ _MAKE_STATE = """
 _TILES = """
     key_sum = key_sum * norm_scale
     state, factor, key_sum, norm_factor = held_for_output(
-        state, key_sum, X.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION, GROUP
+        state, key_sum, X.dtype.element_ty, NORMALIZER, DECOUPLED, PRECISION
     )
     sxn0, sxn1, sxnn, sxnd = {xn}
     n_ptr = {XN} + b0 * sxn0 + b1 * sxn1 + first64 * sxnn
@@ -104,13 +97,13 @@ _TILES = """
         out = output_tile(
             x_tiles, n_ptr, state, factor, key_sum, norm_factor, last - n, scale, eps,
             sxn, sxd, sxnn, sxnd, D, DN, BLOCK_D, BLOCK_V, BLOCK_DN, BLOCK_N,
-            NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, FULL, n - first, TMA, GROUP,
+            NORMALIZER, DECOUPLED, X_MAP, XN_MAP, PRECISION, BIG, FULL, n - first, TMA,
         )
         if not TMA:
             x_tiles += BLOCK_N * sxn
         n_ptr += BLOCK_N * sxnn
         rows = n + tl.arange(0, BLOCK_N)
-        out_mask = rows_inside(rows - n, last - n, OUT_GROUP)[:, None] & (cv < DV)[None, :]
+        out_mask = (rows < last)[:, None] & (cv < DV)[None, :]
 {indices}
         {store}
 """
@@ -155,9 +148,7 @@ def _whole(call: Call, tile: Tile) -> bool:
     return _full(call, tile) and call.DV % tile.BLOCK_V == 0
 
 
-def _constants(
-    call: Call, result: Result, tile: Tile, precision: str, each: int, big: bool
-) -> dict[str, Any]:
+def _constants(call: Call, tile: Tile, precision: str, each: int, big: bool) -> dict[str, Any]:
     """The compile-time names in the text; strings in quotes, since Inductor writes them as they
     are.
     """
@@ -173,8 +164,6 @@ def _constants(
         "BIG": big,
         "FULL": _full(call, tile),
         "TMA": tile.TMA,
-        "GROUP": arguments.group(call.x.q, call.x.q_norm),
-        "OUT_GROUP": result.group,
     }
 
 
@@ -226,7 +215,7 @@ def apply_state(call: Call, dtype: torch.dtype, state: Node, key_sum: Node, prec
     source = "\n".join(
         [launch.header(_FUNCTIONS, maps, call.dtype), launch.signature(operands.nodes), body]
     )
-    constants = _constants(call, result, tile, precision, each, operands.big(tile.BLOCK_N))
+    constants = _constants(call, tile, precision, each, operands.big(tile.BLOCK_N))
     node = launch.choose(
         "output",
         source,
@@ -287,11 +276,10 @@ def short_forward(
     source = "\n".join(
         [launch.header(functions, maps, call.dtype), launch.signature(operands.nodes), body]
     )
-    constants = _constants(call, result, tile, precision, each, operands.big(tile.BLOCK_N)) | {
+    constants = _constants(call, tile, precision, each, operands.big(tile.BLOCK_N)) | {
         "NORM": repr(call.norm),
         "WEIGHT": repr(arguments.weight_kind(x.key_weight)),
         "EXACT": exact,
-        "KEY_GROUP": arguments.group(x.k, x.v, x.k_norm),
         "STATE_PRECISION": repr(state_in),
     }
     node = launch.choose(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,14 +38,11 @@ def query_pass(
     fused = heuristics.fused_query_pass(D, DV, precision, capability)
     sizes = D, DV, DN, precision, capability
     tile = heuristics.query_pass_tile(*sizes, call.dtype, x.q_norm is not None)
-    group = arguments.group(do, x.q, x.q_norm)
-    if x.q_norm is None and not has_rows(call.maps["q"]) and group == 1:
+    if x.q_norm is None and not has_rows(call.maps["q"]):
         tile = heuristics.in_two_pieces("query", call.dtype, *sizes) or tile
     if x.q_norm is None:
         elements = arguments.product(batch) * call.N * D
         tile = arguments.for_large("query", tile, sizes[:3], precision, elements, (x.q, do))
-    if group > 1 and x.normalized and max(D, DV) > 32:  # sums of rows beside the two states
-        tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, 32))
     wanted_sums = _sums_needed(call, wanted)
     tensors: dict[str, Any] = {
         "DO": (do, 2),
@@ -115,7 +111,6 @@ def query_pass(
             "D": D,
             "DV": DV,
             "DN": DN,
-            "GROUP": group,
             "NORMALIZER": x.normalizer,
             "DECOUPLED": x.q_norm is not None,
             "NEED_DQ": "DQ" in wanted,

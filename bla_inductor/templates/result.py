@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch._inductor import ir
 from torch._inductor import lowering as inductor
-from torch._inductor.virtualized import V
 
 from bla_inductor.templates import arguments
 from bla_inductor.templates.operands import Node, Operands
@@ -53,13 +52,6 @@ class Result:
             channels = self.segments[first:then]
             self.segments = [*self.segments[:first], *self.segments[then:], *channels]
             self._order = [d for dims, _ in self.segments for d in dims]
-
-    @property
-    def group(self) -> int:
-        """As `arguments.group`, for the rows that are stored."""
-        rows, size = len(self.sizes) - 2, 16 // self.layout.dtype.itemsize
-        whole = V.graph.sizevars.statically_known_multiple_of(self.sizes[rows], size)
-        return size if self._order[-1] == rows and whole else 1
 
     def logical(self, node: Node) -> Node:
         """The template's output with the dims of the result."""

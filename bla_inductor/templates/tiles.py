@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import sympy
 from torch._inductor import ir
 from torch._inductor import lowering as inductor
 from torch._inductor.virtualized import V
 
 from bla_inductor.templates import Unsupported
 from bla_inductor.templates.arguments import hint
-from bla_inductor.templates.operands import Expr, Node, equal, merges, multiple
+from bla_inductor.templates.operands import Expr, Node, equal, merges
 
 _ROW = 16  # bytes that the kernels read at a time
-_GROUP = 8  # and at least, where rows are contiguous
 
 
-def in_tiles(name: str, x: Node, channels_first: bool = False) -> Node:
+def in_tiles(name: str, x: Node) -> Node:
     """x in memory, its features contiguous and all rows at multiples of 16 bytes: a view of its
     buffer where that is possible, else a copy.
-
-    channels_first: x may also have its rows contiguous and all features at multiples of 8 bytes.
 
     `kernels.batch.aligned` has the reason. There 16 bytes are not enough, since Triton knows of an
     argument that 16 divides it, or nothing; in a template strides are numbers, or expressions with
@@ -39,7 +37,7 @@ def in_tiles(name: str, x: Node, channels_first: bool = False) -> Node:
     flexible = None if base is None else base.layout
     orders = [] if base is None else list(_orders(base))
     first = view = _view(x)
-    if _suits(view) or (channels_first and _suits(view, -2, _GROUP)):
+    if _suits(view):
         return view
     if features * x.get_dtype().itemsize % _ROW:
         raise Unsupported(
@@ -100,22 +98,20 @@ def _view(x: Node) -> Node | None:
     return ir.ReinterpretView(data=storage, layout=layout)
 
 
-def _suits(x: Node | None, beside: int = -1, step: int = _ROW) -> bool:
-    """Whether the dim `beside` of x is contiguous, and starts at multiples of `step` bytes."""
+def _suits(x: Node | None) -> bool:
     if x is None:
         return False
     layout = x.get_layout()
-    dims = list(zip(layout.size, layout.stride, strict=True))
-    size, innermost = dims.pop(beside)
 
     def aligned(elements: Expr) -> bool:
-        return multiple(elements * layout.dtype.itemsize, step)
+        offset = sympy.sympify(elements * layout.dtype.itemsize)
+        return bool(V.graph.sizevars.statically_known_multiple_of(offset, _ROW))
 
+    *outer, (_, innermost) = zip(layout.size, layout.stride, strict=True)
     return (
         equal(innermost, 1)
         and aligned(layout.offset)
-        and (beside == -1 or aligned(size))  # whole groups of rows
-        and all(equal(size, 1) or aligned(stride) for size, stride in dims)
+        and all(equal(size, 1) or aligned(stride) for size, stride in outer)
     )
 
 

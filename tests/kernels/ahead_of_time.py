@@ -70,9 +70,6 @@ def _recorded(kernel: Any, args: tuple[Any, ...], tile: Any, pdl: bool, constant
     plain = {p.name for p in kernel.params if p.do_not_specialize}
     if pdl:
         constants["PDL"] = heuristics.overlaps_launches(args[0].device)
-    for name in names[len(args) :]:
-        if name not in constants:
-            constants[name] = kernel.signature.parameters[name].default
     signature: dict[str, str] = {}
     divisible = []
     for name, value in zip(names, args, strict=False):
@@ -121,7 +118,8 @@ def record(call: Any) -> list[Launch]:
     return list(dict.fromkeys(launches))
 
 
-def _compiled(item: Launch, capability: int) -> Any:
+def compile_for(item: Launch, capability: int) -> Resources:
+    """Registers, spills and shared memory of one launch on sm_<capability>."""
     kernel = getattr(importlib.import_module(item.module), item.name)
     names = kernel.arg_names
     constants = {k: v.function() if isinstance(v, Phi) else v for k, v in item.constants}
@@ -131,21 +129,11 @@ def _compiled(item: Launch, capability: int) -> Any:
         constexprs=constants,
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in item.divisible},
     )
-    return triton.compile(
+    compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": item.num_warps, "num_stages": item.num_stages},
     )
-
-
-def ptx(item: Launch, capability: int) -> str:
-    """The instructions of one launch on sm_<capability>."""
-    return str(_compiled(item, capability).asm["ptx"])
-
-
-def compile_for(item: Launch, capability: int) -> Resources:
-    """Registers, spills and shared memory of one launch on sm_<capability>."""
-    compiled = _compiled(item, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
