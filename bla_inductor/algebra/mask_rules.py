@@ -67,16 +67,22 @@ def _where(V: Lookup, out: torch.Tensor, condition: Any, x: Any = None, y: Any =
         filled = scalar(V, other) if isinstance(one, torch.Tensor) else None
         if filled == 0:
             return _selected(V, out, one, condition, keep)
-        if filled is not None and not keep:
-            return _bounded(V(one), V(condition), filled, out)
+        if filled is not None:
+            return _bounded(V(one), V(condition), filled, out, keep)
     return None
 
 
-def _bounded(value: Value, condition: Value, low: Any, out: torch.Tensor) -> Value | None:
-    """max(z, low), said as low where z < low, else z."""
+def _bounded(
+    value: Value, condition: Value, low: Any, out: torch.Tensor, keep: bool = False
+) -> Value | None:
+    """max(z, low), said as low where z < low, else z; or, `keep`, as z where z > low, else low.
+
+    At low itself the gradient is that of clamp.
+    """
     read = single(condition)
     origin = read.leaf.origin if isinstance(read, Read) and read.axes == condition.axes else None
-    if origin is None or origin.operator is not aten.lt or not value.term.bound:
+    compares = (aten.gt, aten.ge) if keep else (aten.lt, aten.le)
+    if origin is None or origin.operator not in compares or not value.term.bound:
         return None
     compared, limit = origin.args[0], number(origin.args[1])
     if not isinstance(compared, Value) or (compared.term, compared.axes) != (

@@ -103,6 +103,18 @@ def small_divisors_replaced(q, k, v):
 
 
 @further(normalised=True)
+def large_divisors_kept(q, k, v):
+    out, z = sums(q, k, v)
+    return out / torch.where(z > 30.0, z, torch.full_like(z, 30.0))
+
+
+@further(normalised=True)
+def divisors_not_above_a_number_filled(q, k, v):
+    out, z = sums(q, k, v)
+    return out / z.masked_fill(z <= 30.0, 30.0)
+
+
+@further(normalised=True)
 def small_divisors_clamped_in_place(q, k, v):
     out, z = sums(q, k, v)
     z = z.squeeze(-1)
@@ -135,3 +147,15 @@ def small_divisors_filled_with_another_number(q, k, v):
 def large_divisors_filled(q, k, v):
     out, z = sums(q, k, v)
     return out / z.masked_fill(z > 30.0, 30.0)
+
+
+@further(normalised=False, reason="`where` comes between Σ q·k and the division")
+def small_divisors_kept(q, k, v):
+    out, z = sums(q, k, v)
+    return out / torch.where(z < 30.0, z, 30.0)
+
+
+@further(normalised=False, reason="`where` comes between Σ q·k and the division")
+def large_divisors_kept_or_another_number(q, k, v):
+    out, z = sums(q, k, v)
+    return out / torch.where(z > 30.0, z, 31.0)

@@ -48,7 +48,7 @@ def tensors(d: int, dtype: torch.dtype, n: int = 1500, b: int = 2) -> list[torch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [64, 72, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("d", [24, 32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256])
 def test_operator(d: int, dtype: torch.dtype) -> None:
     args = tensors(d, dtype)
 
@@ -72,7 +72,7 @@ def test_float32(d: int, precision: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("d", [64, 80, 128, 160, 256])
+@pytest.mark.parametrize("d", [40, 64, 80, 128, 160, 256])
 def test_compiled(d: int, mode: str) -> None:
     torch._dynamo.reset()
     options = {"rewrite": "always", "mode": mode}
@@ -105,7 +105,7 @@ def test_the_same_graph_in_another_thread() -> None:
     assert torch.equal(results[0], first)
 
 
-@pytest.mark.parametrize("d", [64, 72, 128, 160])
+@pytest.mark.parametrize("d", [32, 40, 64, 72, 128, 160])
 def test_runs_are_equal(d: int) -> None:
     args = tensors(d, torch.bfloat16)
     runs = []

@@ -84,6 +84,23 @@ def test_descriptors(d, by_descriptors, normalizer, monkeypatch):
     assert {kernel for kernel, tma in seen.items() if tma} == by_descriptors
 
 
+@pytest.mark.parametrize("normalizer", ["none", "add"])
+@pytest.mark.parametrize(("d", "rows"), [(24, 256), (32, 256), (40, 128), (48, 128)])
+def test_tiles_of_narrow_heads(d, rows, normalizer, monkeypatch):
+    """Those of bf16, in fp16. rows: of the key pass."""
+    in_several_launches(monkeypatch)
+    monkeypatch.setattr(large, "MIB", 0)
+    monkeypatch.setattr(large, "WHOLE_IN", (fp16,))
+    large._large.cache_clear()
+    descriptors = constants_seen(monkeypatch, "TMA")
+    blocks = constants_seen(monkeypatch, "BLOCK_N")
+    tensors, do = inputs(300, 130, d, d, fp16, signed)
+    check(tensors, do, maps=(ELU1, ELU1, "", ""), normalizer=normalizer)
+    large._large.cache_clear()
+    assert {kernel for kernel, tma in descriptors.items() if tma} == ({QUERY} if d > 32 else set())
+    assert blocks["key_pass_kernel"] == rows
+
+
 def test_descriptors_in_fp32(monkeypatch):
     in_several_launches(monkeypatch)
     monkeypatch.setattr(large, "MIB", 0)
