@@ -19,12 +19,20 @@ from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from bla_inductor.explainer import copy_graphs
+from bla_inductor.compat import isolated
+from bla_inductor.explainer import copy_graphs, fresh_call
 from bla_inductor.fp64 import WIDE, Drawn, NoFp64, Wide, twin
 from bla_inductor.options import Options
 from bla_inductor.report import Location, Report, locate
 from bla_inductor.trial import Copies, Results, changed_by, run, varied
-from bla_inductor.verdict import Comparison, Verification, coarsest, compare, pooled
+from bla_inductor.verdict import (
+    Comparison,
+    Verification,
+    beside_compiled,
+    coarsest,
+    compare,
+    pooled,
+)
 
 __all__ = ["Graphs", "approximate", "examine"]
 
@@ -68,6 +76,16 @@ class Graphs:
         if report.matches:
             self.rewritten = _bodies_called(copy_graphs(gm))
 
+    def compiled_as_written(self) -> Callable[..., Any]:
+        """The graph as written, compiled at its first call as the rewritten one was."""
+        from bla_inductor import backend
+
+        def plain(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            compile_inner = backend.inner_compiler(self.options, dict(self.for_inductor), None)
+            return compile_inner(gm, inputs)
+
+        return torch.compile(fresh_call(self.original.forward), backend=plain, **isolated())
+
     @property
     def place(self) -> Location | None:
         """Of the first match."""
@@ -78,18 +96,22 @@ def examine(graphs: Graphs, inputs: Sequence[Any]) -> Verification:
     """Run the graphs on copies of `inputs`, and compare."""
     assert graphs.rewritten is not None
     assert graphs.compiled is not None
-    draw = _Draw(graphs, inputs)
-    rows = draw.beside(graphs.compiled, graphs.original)
+    draws = [_Draw(graphs, inputs)]
+    rows = draws[0].beside(graphs.compiled, graphs.original)
     breaches = [row for row in rows if not row.ok]
     if breaches and all(row.doubtful for row in breaches):
-        more = [
-            _Draw(graphs, varied(inputs, seed)).beside(graphs.compiled, graphs.original)
-            for seed in range(1, DRAWS)
-        ]
-        rows = pooled([rows, *(found for found in more if len(found) == len(rows))])
-    found = Verification(rows, graphs.report, draw.notes)
+        more = [_Draw(graphs, varied(inputs, seed)) for seed in range(1, DRAWS)]
+        of_more = [draw.beside(graphs.compiled, graphs.original) for draw in more]
+        draws += [draw for draw, own in zip(more, of_more, strict=True) if len(own) == len(rows)]
+        rows = pooled([rows, *(own for own in of_more if len(own) == len(rows))])
+    found = Verification(rows, graphs.report, draws[0].notes)
     if found.breaches:
-        by_itself = draw.beside(graphs.rewritten.forward, graphs.rewritten)
+        by_itself = draws[0].beside(graphs.rewritten.forward, graphs.rewritten)
+        if all(row.ok for row in by_itself):  # so it is what the inner compiler does
+            alone = graphs.compiled_as_written()
+            beside = [draw.beside(alone, graphs.original) for draw in draws]
+            found.comparisons = beside_compiled(rows, beside, graphs.options.inner)
+    if found.breaches:
         found.notes.append(_culprit(found.breaches[0], by_itself, graphs.options.inner))
         found.script = _script(graphs, inputs, found)
     return found

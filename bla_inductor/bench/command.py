@@ -1,4 +1,4 @@
-"""The command: `python -m bla_inductor bench SUITE`."""
+"""The command: `python -m bla_inductor bench SUITE`, or `bench module:callable`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from bla_inductor.bench import measure, models, output, pisa
 from bla_inductor.bench.cases import SUITES, Case
 from bla_inductor.bench.output import Row
+from bla_inductor.bench.own import OwnModel
 from bla_inductor.bench.providers import PROVIDERS, Attention, provider
+from bla_inductor.example import Example, UsageError
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,8 +29,13 @@ _SDPA_LIMIT = (
 )  # score entries times head dim: beyond, softmax attention takes too long to wait
 
 
+_SUITES = sorted([*SUITES, "models", "pisa"])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", choices=sorted([*SUITES, "models", "pisa"]))
+    parser.add_argument(
+        "suite", metavar="SUITE", help=f"one of {', '.join(_SUITES)}, or module:callable"
+    )
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated")
     parser.add_argument("--lengths", default="", help="only these N, comma-separated")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
@@ -43,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Measure, print and write; 1 if a result was wrong."""
+    own = None
+    if ":" in given.suite:
+        own = OwnModel(given.suite.rpartition(":")[2], Example.load(given.suite))
+        given.suite, given.device, given.no_plot = own.name, own.device, True
+    elif given.suite not in _SUITES:
+        raise UsageError(
+            f"no suite {given.suite!r}; there are {', '.join(_SUITES)}, and module:callable, such "
+            "as my_model.py:example, for a model of yours"
+        )
     if given.suite == "pisa":  # approximate, so another opponent and other columns
         return pisa.run(given)
     chosen = [name for name in given.providers.split(",") if name]
@@ -55,7 +71,7 @@ def run(given: argparse.Namespace) -> int:
         for c in SUITES.get(given.suite, [])
         if (not lengths or c.N in lengths) and given.only.lower() in c.name.lower()
     ]
-    if not cases and given.suite != "models":
+    if not cases and own is None and given.suite != "models":
         raise SystemExit(f"bench: no case of the suite {given.suite!r} is as asked for")
     if given.device == "cpu" and any(c.memory for c in cases):
         raise SystemExit("bench: the suite 'memory' measures CUDA memory; it needs a GPU")
@@ -68,7 +84,9 @@ def run(given: argparse.Namespace) -> int:
         f"{'case':44}{'run':14}{'provider':>9}{'ms':>9}{'GB/s':>8}{'% copy':>7}{'× Ind.':>7}  note"
     )
     found = _rows(cases, chosen, given.device, copy)
-    if given.suite == "models":
+    if own is not None:
+        found = own.rows(chosen)
+    elif given.suite == "models":
         found = models.run(chosen, given.device, lengths, given.only, given.fresh)
     try:
         for row in found:

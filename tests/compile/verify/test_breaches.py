@@ -114,6 +114,27 @@ def test_an_inner_compiler_that_is_wrong_is_told_from_the_operator(monkeypatch, 
     assert "so it is the code that eager made of it" in warnings_in(caplog)[0]
 
 
+@pytest.mark.parametrize("of_all", [True, False])
+def test_what_the_inner_compiler_rounds_is_not_held_against_the_rewrite(
+    monkeypatch, caplog, examined, of_all
+):
+    """Its code is off by a few roundings too many, of the graph as written (of_all) as well."""
+    from bla_inductor import backend
+
+    def inexact(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        rewritten = torch.ops.bla.linear_attention.default in {n.target for n in gm.graph.nodes}
+        off = 1 + 3e-6 if rewritten or of_all else 1
+        return lambda *args: [x * off for x in gm.forward(*args)]
+
+    monkeypatch.setattr(backend, "inner_compiler", lambda *_: inexact)
+    compiled(attention)(*tensors())
+    (found,) = examined
+    assert found.ok == of_all
+    assert found.comparisons[0].ours == pytest.approx(3e-6, rel=0.2)
+    assert ("eager alone, without bla, is" in str(found)) == of_all
+    assert bool(warnings_in(caplog)) != of_all
+
+
 def test_dropout_and_batch_norm_happen_once(examined):
     """To the last bit what happens without verification."""
     models = [Block(p=0.3), Block(p=0.3)]
