@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ class Graphs:
         from bla_inductor import backend
 
         def plain(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            compile_inner = backend.inner_compiler(self.options, dict(self.for_inductor), None)
-            return compile_inner(gm, inputs)
+            options = replace(self.options, verify="first")  # so that it draws what eager draws
+            return backend.inner_compiler(options, dict(self.for_inductor), None)(gm, inputs)
 
         return torch.compile(fresh_call(self.original.forward), backend=plain, **isolated())
 

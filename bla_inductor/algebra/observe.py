@@ -174,6 +174,9 @@ class _Walk(fx.Interpreter):
         if name == "cond":
             _, *branches, operands = args
             bodies += [Body(branch, self._fixed(operands), None) for branch in branches]
+        elif name == "autograd_function_apply":  # its forward, whose gradient is the user's
+            forward, _, *operands = args
+            bodies.append(Body(forward, self._fixed(operands), None))
         elif name in _TRANSPARENT:
             at = next(i for i, a in enumerate(args) if isinstance(a, fx.GraphModule))
             flags = self._fixed(a for a in args[at + 1 :] if not isinstance(a, str))
