@@ -23,7 +23,7 @@ aten = torch.ops.aten
 def emit(plan: Plan, emitter: Emitter, seen: Observation) -> fx.Node:
     """Write the operator and what surrounds it; the node that takes the place of `root`."""
     nodes = {name: _operand(plan, emitter, o) for name, o in plan.distinct().items()}
-    kwargs: dict[str, Any] = {"scale": _scale(plan, emitter, plan.found.scale, "q", "k", "v")}
+    kwargs: dict[str, Any] = {"scale": _scale(plan, emitter, plan.scale, "q", "k", "v")}
     if (z := plan.found.normaliser) is not None:
         kwargs["normalizer"] = z.kind
         kwargs["norm_scale"] = _scale(plan, emitter, z.scale, "q_norm", "k_norm")

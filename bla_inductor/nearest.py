@@ -7,6 +7,7 @@ So are two with a mask between them that leaves nothing to sum over.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -24,6 +25,7 @@ _MOST_STEPS = 6
 _SOFTMAX = {aten._softmax, aten._safe_softmax, aten._log_softmax}
 _RANDOM = {"native_dropout", "bernoulli", "rand_like"}
 _SUMS = {"add", "add_"}
+_NOT_MADE = {"input", "chain"}
 _WRITES = {"copy_", "index_put_"}
 _RUNNING = {"cumsum", "logcumsumexp", "cumprod"}
 
@@ -81,12 +83,13 @@ def _on_a_diagonal(node: fx.Node, seen: Observation) -> bool:
 
 
 def _made_of(leaf: Leaf, seen: Observation) -> list[Value]:
-    """The tensors that `leaf` was made from. A dropout has two results, and so no origin."""
+    """The tensors that `leaf` was made from. An operator with several results has no origin."""
     if leaf.origin is not None:
         return [a for a in leaf.origin.args if isinstance(a, Value)]
-    if leaf.node is not None and leaf.operation in _RANDOM:
-        return [seen.values[n] for n in leaf.node.all_input_nodes if n in seen.values]
-    return []
+    node = leaf.node if leaf.operation not in _NOT_MADE and leaf.parts is None else None
+    if node is not None and node.target is operator.getitem:
+        (node,) = node.all_input_nodes
+    return [seen.values[n] for n in node.all_input_nodes if n in seen.values] if node else []
 
 
 def _below(leaf: Leaf, seen: Observation) -> Iterator[Leaf]:
@@ -116,7 +119,9 @@ def _contracts(term: Term, depth: int) -> bool:
     if any(isinstance(f, Guard) and _contracts(f.term, depth) for f in term.factors):
         return True
     reads = [f for f in term.factors if isinstance(f, Read) and not f.leaf.fixed]
-    return term.depth >= depth and len(reads) > 1
+    if not depth:
+        return len(reads) > 1
+    return any(sum(i in read.indices() for read in reads) > 1 for i in term.bound)
 
 
 def _reason(leaf: Leaf) -> str:
@@ -143,6 +148,11 @@ def _reason(leaf: Leaf) -> str:
             f"`{name}` adds up products (of chunks of the keys, say) before the next one; join "
             "what they are of, torch.cat((k1, k2), -2).mT @ torch.cat((v1, v2), -2), or apply φ "
             "before the keys are cut into chunks, all of which are added up"
+        )
+    if len(parts) == 2 and any(isinstance(part, Value) and _sums(part) for part in parts):
+        return (
+            f"`{name}` adds a tensor to the first product before the next one; multiply the two "
+            "apart, q @ (k.mT @ v) + q @ tensor, and the product is found"
         )
     return (
         f"`{name}` stands between the two products, so that they cannot be reordered; "

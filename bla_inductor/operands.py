@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -29,6 +30,7 @@ from bla_inductor.algebra import (
     Read,
     Size,
     Term,
+    apart,
     axis_size,
     equal,
 )
@@ -51,7 +53,7 @@ class Source:
 
     node: fx.Node
     axes: Axes
-    coef: object
+    coef: Any
     dtype: torch.dtype
 
 
@@ -66,6 +68,11 @@ class Piece:
     source: Source
     how: Literal["times", "over", "where", "unless"]
     born: int
+
+    @property
+    def coef(self) -> Any:
+        """What number of times the factor the step multiplies by."""
+        return 1 / self.source.coef if self.how == "over" else self.source.coef
 
 
 def contracted_dtype(factors: Sequence[Factor], kept: torch.dtype | None) -> torch.dtype:
@@ -110,7 +117,9 @@ class Operand:
 
     @property
     def coef(self) -> Any:
-        return 1.0 if self.source is None else self.source.coef
+        if self.source is not None:
+            return self.source.coef
+        return prod(piece.coef for piece in self.pieces)
 
     @property
     def nodes(self) -> list[tuple[fx.Node, int]]:
@@ -137,9 +146,12 @@ class Catalogue:
         self._products: dict[tuple[int, ...], list[tuple[fx.Node, Term]]] = defaultdict(list)
         self._seen = seen
         for node, value in seen.values.items():
-            term = value.term
-            if term.bound:  # as a divisor, a sum is a guard that guards against nothing
-                term = Term((Guard(term, "add", 0.0),))
+            self._add(node, apart(value.term))
+            if value.term.bound:  # as a divisor, a sum is a guard that guards against nothing
+                self._add(node, Term((Guard(value.term, "add", 0.0),)))
+
+    def _add(self, node: fx.Node, term: Term) -> None:
+        if not term.bound:
             plain = len(term.factors) == 1 and isinstance(term.factors[0], Read)
             if term.factors and not plain and len(term.factors) <= _MOST_FACTORS:
                 self._products[_key(term.factors)].append((node, term))
@@ -187,7 +199,7 @@ class Catalogue:
     def _divided(self, guard: Guard, before: fx.Node) -> Piece:
         for factor, how in ((guard, "times"), (replace(guard, power=-guard.power), "over")):
             source = self.find((factor,), before)
-            if source is not None and source.coef == 1:
+            if source is not None:
                 return Piece(source, how, -1)  # type: ignore[arg-type]
         raise Unemittable("a divisor inside one operator cannot be separated from it")
 

@@ -6,6 +6,7 @@ A plan changes nothing; call.py writes the nodes. Either raises `Unemittable` wi
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,11 @@ class Plan:
     @property
     def operands(self) -> dict[str, Operand]:
         return self.gathered.named()
+
+    @property
+    def scale(self) -> Any:
+        """The number before the sums, without what the outer pieces bring."""
+        return self.found.scale / math.prod(piece.coef for piece in self.outer)
 
     @property
     def reads(self) -> list[tuple[fx.Node, int]]:

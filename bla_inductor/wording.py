@@ -31,12 +31,14 @@ def formula(plan: Plan) -> str:
     product_text = "·".join(
         (read("q", made.q, "nc"), read("k", made.k, "mc"), *weights, read("v", made.v, "md"))
     )
-    text = f"out[{','.join([*batch, *'nd'])}] = {_times(plan.found.scale)}Σ_m Σ_c {product_text}"
+    scale = _times(plan.found.scale / (made.q.coef * made.k.coef * made.v.coef))
+    text = f"out[{','.join([*batch, *'nd'])}] = {scale}Σ_m Σ_c {product_text}"
     if (z := plan.found.normaliser) is not None and made.q_norm and made.k_norm:
         same_q, same_k = plan.shared
         q = read("q" if same_q else "q'", made.q_norm, "nc")
         k = read("k" if same_k else "k'", made.k_norm, "mc")
-        total = f"{_times(z.scale)}Σ_m Σ_c {'·'.join((q, k, *weights))}"
+        scale = _times(z.scale / (made.q_norm.coef * made.k_norm.coef))
+        total = f"{scale}Σ_m Σ_c {'·'.join((q, k, *weights))}"
         if z.kind == "clamp":
             text += f" ÷ max({total}, {_number(z.eps)})"
         else:

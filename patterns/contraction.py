@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bla_inductor.algebra import Factor, Guard, Index, Read, Term
@@ -168,24 +168,32 @@ class Contraction:
             else:
                 homes.append((factor, fitting))
         while homes:
-            at, home = next(
-                (
-                    (i, n)
-                    for i, (factor, fitting) in enumerate(homes)
-                    for n in fitting
-                    if known((*groups[n], factor))
-                ),
-                (0, ""),
-            )
-            factor, fitting = homes.pop(at)
-            if home:
-                groups[home].append(factor)
-            elif factor.indices() <= result:
-                outer.append(factor)
-            else:
-                groups[fitting[0]].append(factor)
+            taken, home = _joined(homes, groups, known)
+            homes = [h for h in homes if all(h is not t for t in taken)]
+            for factor, fitting in taken:
+                if home:
+                    groups[home].append(factor)
+                elif factor.indices() <= result:
+                    outer.append(factor)
+                else:
+                    groups[fitting[0]].append(factor)
         operands = {name: tuple(factors) for name, factors in groups.items()}
         return Roles(operands, {x: i for x, i in letters.items() if x}, tuple(batch), tuple(outer))
+
+
+def _joined(
+    homes: list[tuple[Factor, list[str]]], groups: dict[str, list[Factor]], known: Known
+) -> tuple[Sequence[tuple[Factor, list[str]]], str]:
+    """The factors that make a tensor of the graph with an operand that they fit, and the operand;
+    the first of them, and "", where none do. A ratio may be no tensor but with what it multiplies.
+    """
+    for size in range(1, len(homes) + 1):
+        for chosen in itertools.combinations(homes, size):
+            for name, group in groups.items():
+                fits = all(name in fitting for _, fitting in chosen)
+                if fits and known((*group, *(factor for factor, _ in chosen))):
+                    return chosen, name
+    return homes[:1], ""
 
 
 def _divisor(factor: Factor) -> bool:

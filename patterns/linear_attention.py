@@ -47,6 +47,7 @@ from bla_inductor.algebra import (
     Size,
     Term,
     Value,
+    apart,
     product,
 )
 
@@ -58,6 +59,7 @@ NUMERATOR = Contraction("q: n c, k: m c, v: m d -> n d")
 aten = torch.ops.aten
 _SUMS = (aten.add, aten.sub)
 _MOST_SUMS = 6
+_MOST_FEATURES = 128  # of a head, nearly always
 Hint = Callable[[Size], int]
 
 
@@ -88,6 +90,7 @@ def match(value: Value, known: Known, hint: Hint) -> LinearAttention | Mismatch 
     known: whether a product of factors is a tensor of the graph; hint: a likely number for a
     symbolic size.
     """
+    value = replace(value, term=apart(value.term))
     term = value.term
     mismatch: Mismatch | None = None
     coupled: Unsplittable | None = None
@@ -122,11 +125,12 @@ def _added(term: Term, known: Known, hint: Hint) -> Mismatch | None:
     """Attention to which something is added before the next step can be told."""
     for factor in term.factors:
         others = frozenset[Index]().union(*(f.indices() for f in term.factors if f is not factor))
-        if isinstance(factor, Guard) and factor.power == 1 and factor.indices() & set(term.bound):
+        contracted = factor.indices() & set(term.bound) & others
+        if isinstance(factor, Guard) and factor.power == 1 and contracted:
             inner = [f for f in factor.term.factors if isinstance(f, Read)]
             # Σk + eps has none of the value channels that kᵀv keeps
             if len(inner) > 1 and not factor.indices() <= others:
-                return _between(factor, factor.indices() & set(term.bound), hint)
+                return _between(factor, contracted, hint)
         if not isinstance(factor, Read) or term.bound:
             continue
         summands = [v for v in _summands(factor.leaf) if len(v.term.bound) > 1]
@@ -237,10 +241,18 @@ def _summands(leaf: Leaf) -> Iterator[Value]:
 
 
 def _better(a: LinearAttention, b: LinearAttention, hint: Hint) -> bool:
-    """The normaliser names the queries; else the longer summed index is the sequence."""
+    """The normaliser names the queries, else the longer summed index is the sequence. But where the
+    state is normalised, kv / kv.sum(-2), no tokens become features for that.
+    """
     if (a.normaliser is None) != (b.normaliser is None):
-        return a.normaliser is not None
+        normalised, plain = (b, a) if a.normaliser is None else (a, b)
+        return (a is plain) == _tokens_are_features(normalised, hint)
     return _longer(a.m, b.m, hint)
+
+
+def _tokens_are_features(found: LinearAttention, hint: Hint) -> bool:
+    """Whether the product that was written first sums over more than heads have features."""
+    return found.quadratic and hint(product(i.size for i in found.c)) > _MOST_FEATURES
 
 
 def _longer(a: tuple[Index, ...], b: tuple[Index, ...], hint: Hint) -> bool:

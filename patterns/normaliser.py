@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import sympy
 from bla_inductor.patterns.contraction import Contraction, Known, Unsplittable
 
 from bla_inductor.algebra import (
+    Axis,
     Delta,
     Factor,
     Guard,
@@ -65,7 +66,8 @@ def normaliser(
 
     beside: q and k of the numerator. What the two share is told in indices that are split alike.
     """
-    for roles in NORMALISER.solve(_split_like(guard.term, beside), known):
+    term = _apart_like(_split_like(guard.term, beside), beside)
+    for roles in NORMALISER.solve(term, known):
         if isinstance(roles, Unsplittable):
             return Mismatch(f"{OUTSIDE}: in it, {coupling(roles)}")
         q = (*roles.operands["q"], *roles.outer)
@@ -75,11 +77,12 @@ def normaliser(
         if queries - set(roles.letters["c"]) <= allowed:
             k, c, m = roles.operands["k"], roles.letters["c"], roles.letters["m"]
             return Normaliser(guard.kind, guard.term.coef, guard.eps, q, k, c, m)
-    if any(isinstance(f, Guard) and f.power == 1 for f in guard.term.factors):
-        return Mismatch(
-            f"{OUTSIDE}: a number is added to Σk before the product with q; "
-            "add it to the product instead, q·Σk + eps"
-        )
+    for factor in guard.term.factors:
+        if isinstance(factor, Guard) and factor.power == 1:
+            done, instead = "is added to", "add it to the product instead, q·Σk + eps"
+            if factor.kind == "clamp":
+                done, instead = "bounds", "bound the product instead, max(q·Σk, eps)"
+            return Mismatch(f"{OUTSIDE}: a number {done} Σk before the product with q; {instead}")
     leaves = ", ".join(sorted({str(leaf) for leaf in guard.term.leaves()}))
     return Mismatch(f"{OUTSIDE}: the divisor (of {leaves}) is not a sum of q·k over the keys")
 
@@ -96,6 +99,35 @@ def _split_like(term: Term, beside: Sequence[Factor]) -> Term:
                 if finer.keys() <= set(term.bound):
                     term = term.substitute(finer)
     return term
+
+
+def _apart_like(term: Term, beside: Sequence[Factor]) -> Term:
+    """`term` with those sums of single factors apart that are in `beside`: Σ_j x[j] · q is a q."""
+    for sum_ in [f for f in beside if isinstance(f, Guard) and f.power == 1]:
+        for mine in [f for f in term.factors if isinstance(f, Read)]:
+            own = _summed_alike(mine, sum_.term, term)
+            if own:
+                whole = Guard(Term((mine,), own), "add", 0.0)
+                factors = tuple(whole if f is mine else f for f in term.factors)
+                bound = tuple(i for i in term.bound if i not in own)
+                term = replace(term, factors=factors, bound=bound)
+                break
+    return term
+
+
+def _summed_alike(mine: Read, theirs: Term, term: Term) -> Axis:
+    """The indices that `term` sums over in `mine` alone, if `theirs` is that sum."""
+    (read, *others) = theirs.factors
+    if others or not isinstance(read, Read) or read.leaf is not mine.leaf:
+        return ()
+    own = [
+        i
+        for have, want in zip(mine.axes, read.axes, strict=True)
+        for i in have
+        if set(want) & set(theirs.bound)
+    ]
+    elsewhere = {i for f in term.factors if f is not mine for i in f.indices()}
+    return tuple(own) if set(own) <= set(term.bound) - elsewhere else ()
 
 
 def hidden(divisor: Read, inside: set[Leaf], numerator: Counter[Leaf]) -> Mismatch | None:

@@ -1,5 +1,6 @@
 """The index algebra: what every tensor of a graph is, independent of how it was spelled."""
 
+from bla_inductor.algebra.apart import apart
 from bla_inductor.algebra.index import (
     Axes,
     Axis,
@@ -45,6 +46,7 @@ __all__ = [
     "Size",
     "Term",
     "Value",
+    "apart",
     "axis_size",
     "equal",
     "observe",

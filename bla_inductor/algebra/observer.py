@@ -19,7 +19,7 @@ from bla_inductor.algebra.recorded import NotOne, Recorded, tensors_in, written
 from bla_inductor.algebra.registry import LAYOUT, RULES, Lookup, Unruled
 from bla_inductor.algebra.standin import stand_in
 from bla_inductor.algebra.term import Origin, Value
-from bla_inductor.algebra.tiles import origin_of_written
+from bla_inductor.algebra.tiles import SLICE, origin_of_written
 
 __all__ = ["Observer", "Reshaped"]
 
@@ -39,6 +39,7 @@ class Observer(Memory, TorchDispatchMode):
         self.trusting = trusting
         self.cut_off = False  # an operator ran where gradients are switched off
         self.recorded: Recorded | None = None
+        self.slices: dict[Any, tuple[torch.Tensor, Value]] = {}
         self.casts: dict[tuple[int, torch.dtype], tuple[Value, torch.Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,11 +193,28 @@ class Observer(Memory, TorchDispatchMode):
                 origin = self._origin(packet, args, kwargs) if len(outs) == 1 else None
                 self.new_leaf(tensor, fixed=fixed, operation=packet.__name__, origin=origin)
             else:
-                self.keep(tensor, value)
+                self.keep(tensor, self._again(tensor, value))
         if packet in LAYOUT and id(args[0]) in self.cuts:
             values = self._apply(packet, out, args, kwargs, _Cut(self))
             if values[0] is not None:
                 self.cuts[id(out)] = values[0]
+
+    def _again(self, tensor: torch.Tensor, value: Value) -> Value:
+        """A slice that the program takes twice (`q[i] @ s / (q[i] @ z)`) is one leaf, where nothing
+        was done to the first since.
+        """
+        leaf = next(value.term.leaves(), None)
+        if leaf is None or leaf.origin is None or leaf.origin.operator != SLICE:
+            return value
+        if leaf in self.leaf_storage:  # a view of a slice
+            return value
+        (whole, dim, start), known = leaf.origin.args, leaf.origin.kwargs
+        key = (id(whole), dim, start, leaf.shape, known)
+        first, before = self.slices.get(key, (tensor, value))
+        if self.values.get(id(first)) is before:
+            return before
+        self.slices[key] = tensor, value
+        return value
 
     def _origin(self, packet: Any, args: Any, kwargs: Any) -> Origin:
         """How a leaf was made, told in Values: feature maps and signs are read off it."""

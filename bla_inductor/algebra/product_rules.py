@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bla_inductor.algebra.apart import apart
 from bla_inductor.algebra.deltas import resolved
 from bla_inductor.algebra.registry import Lookup, Result, Unruled, number, rule, scalar
 from bla_inductor.algebra.term import (
@@ -138,7 +139,10 @@ def mul(V: Lookup, out: torch.Tensor, x: Any, y: Any) -> Result:
         if any(isinstance(f, Delta) for f in one.factors) and not (other.bound or other.constant()):
             return None  # the diagonal of what is not contracted yet: no operand is that
     a, b, axes = broadcast(a, b)
-    return Value(multiply(a.term, b.term), axes, out.dtype)
+    term = multiply(a.term, b.term)
+    if term.bound and not apart(term).bound:  # times a sum, of which nothing is contracted yet
+        term = replace(term, depth=0)
+    return Value(term, axes, out.dtype)
 
 
 @rule(aten.div)

@@ -44,6 +44,16 @@ def program(
     return add
 
 
+LONG: Shape = (2, 3, 200, 8)
+
+
+@program("its state kᵀv is read by other code as well", LONG, LONG, LONG)
+def state_normalised(q, k, v):
+    """As rows of vᵀk, divided by their sums, it would be attention with 200 features."""
+    state = k.exp().mT @ v.exp()
+    return q @ (state / state.sum(-2, keepdim=True))
+
+
 # What no operand can take in
 
 
@@ -334,6 +344,16 @@ def nonlinear_state(q, k, v):
     return q @ torch.tanh(k.mT @ v)
 
 
+@program("`add` adds a tensor to the first product", BHND, BHND, BHND, (3, 8, 8))
+def bias_on_the_state(q, k, v, bias):
+    return q @ (k.mT @ v + bias)
+
+
+@program("solve_ex` stands between the two products")
+def one_of_several_results(q, k, v):
+    return q @ torch.linalg.solve(k.mT @ k + torch.eye(8), k.mT @ v)
+
+
 @program("adds up products (of chunks of the keys, say)")
 def features_of_chunks(q, k, v):
     state = sum(a.relu().mT @ b for a, b in zip(k.chunk(4, 2), v.chunk(4, 2), strict=True))
@@ -351,6 +371,12 @@ def states_written_one_by_one(q, k, v):
     for head in range(3):
         state[:, head] = k[:, head].mT @ v[:, head]
     return q @ state
+
+
+@program("a number bounds Σk before the product with q", matches=1)
+def sum_of_keys_clamped(q, k, v):
+    q, k = q.relu(), k.relu()
+    return q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1).clamp_min(1e-8))
 
 
 @program("a slice of the product is divided by another slice", matches=1)

@@ -89,7 +89,7 @@ def every_other_key(q, k, v):
     return q @ (k[:, :, ::2].mT @ v[:, :, ::2] + k[:, :, 1::2].mT @ v[:, :, 1::2])
 
 
-@near_miss("`add` stands between")
+@near_miss("`add` adds a tensor to the first product")
 def products_added_twice_as_much(q, k, v):
     first, second = k[:, :, :10].mT @ v[:, :, :10], k[:, :, 10:].mT @ v[:, :, 10:]
     return q @ (torch.add(first, second, alpha=2) + second)

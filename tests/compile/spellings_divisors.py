@@ -238,6 +238,6 @@ def eps_on_the_state(q, k, v):
     return q @ (k.mT @ v + 1e-3)
 
 
-@near_miss("`add` stands between", BND, BND, BND)
+@near_miss("`add` adds a tensor to the first product", BND, BND, BND)
 def bias_on_the_scores(q, k, v):
     return torch.bmm(torch.baddbmm(v.new_ones(1, N, N).tril(), q, k.mT), v)

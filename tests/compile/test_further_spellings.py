@@ -21,6 +21,7 @@ from tests.compile import (
     spellings_masks,
     spellings_outer,
     spellings_papers,
+    spellings_sums,
     spellings_weights,
 )
 from tests.compile.further import FURTHER, NEAR_MISSES, Further
@@ -39,6 +40,7 @@ _ = (
     spellings_masks,
     spellings_outer,
     spellings_papers,
+    spellings_sums,
     spellings_weights,
 )
 
