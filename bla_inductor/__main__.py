@@ -22,6 +22,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bla_inductor.errors import BlaError
 from bla_inductor.example import Example, UsageError
 
 __all__ = ["main"]
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return doctor.run()
         return _explain(given.target)
-    except UsageError as error:
+    except (BlaError, UsageError) as error:
         parser.error(str(error))
 
 

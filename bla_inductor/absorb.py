@@ -7,6 +7,7 @@ or is not one expression of one tensor, φ(q) is the operand and nothing is lost
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -182,10 +183,10 @@ class _Gatherer:
     def _places(self, operand: Operand) -> object:
         """Where the indices of each factor stand among those of the operand, and of what it is."""
         letters = [*self.batch, *operand.rows]
-        return {
+        return Counter(
             (f.leaf, tuple(letters.index(i) if i in letters else -1 for a in f.axes for i in a))
             for f in operand.reads
-        }
+        )
 
 
 def _split(

@@ -54,7 +54,7 @@ def bla(
             f"torch {torch.__version__} gave the backend arguments it does not know: "
             f"{', '.join(sorted(unknown))}. Upgrade bla-inductor."
         )
-    chosen, for_inductor = Options.parse({**({"mode": mode} if mode else {}), **(options or {})})
+    chosen, for_inductor = Options.parse({**(options or {}), "mode": mode} if mode else options)
     if (refusal := tangents.refused(gm)) is not None:
         return as_written(gm, refusal, chosen)
     watch = Watch(gm, example_inputs, chosen, for_inductor)

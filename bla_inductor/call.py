@@ -101,7 +101,8 @@ def _weight(plan: Plan, emitter: Emitter, weight: Operand) -> fx.Node:
         result = _applied(emitter, result, piece, target)
     dtype = emitter.fake(result).dtype
     known = dtype.is_floating_point or dtype == torch.bool
-    return result if known else emitter.cast(result, torch.float32)
+    wide = torch.float64 if plan.compute_dtype == torch.float64 else torch.float32
+    return result if known else emitter.cast(result, wide)
 
 
 def _readable(emitter: Emitter, node: fx.Node) -> fx.Node:

@@ -67,6 +67,13 @@ def clamp_is_flat_at_its_bounds() -> bool:
 
 
 @cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16: AVX512-BF16 or AMX."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@cache
 def triton_version() -> tuple[int, int]:
     """Major and minor; of the module, since nightly builds come in packages of other names."""
     import triton

@@ -49,6 +49,7 @@ class Problem:
     inputs_copied: int = 0  # those of them that are inputs of the graph
     upcast: bool = False  # 16-bit tensors contracted in fp32, which is slow without the kernels
     wide: bool = False  # head dims above 128 for which there are fast kernels
+    bfloat16_products: bool = False  # in bfloat16 on a CPU that has instructions for it
     alive: str = ""  # a product inside that other code reads too: "scores", "state", "numerator"
 
     def linear_flops(self) -> int:
@@ -134,6 +135,12 @@ def decide(p: Problem) -> Decision:
             False,
             "its numerator is read by other code as well, so the division stays outside the "
             f"operator: the numerator alone is replaced, where that pays. {_ALWAYS}",
+        )
+    if p.bfloat16_products and not p.quadratic:
+        return Decision(
+            False,
+            "bfloat16 on a CPU that multiplies it: Inductor's products are in bfloat16, and the "
+            f"operator's in float32, which takes longer. {_ALWAYS}",
         )
     gain = p.quadratic_flops() / max(p.linear_flops(), 1)
     if p.quadratic and p.device == "cuda" and gain < 1:

@@ -64,6 +64,11 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _errors() -> Iterator[Finding]:
+    from bla_inductor import doctor_machine as machine
+
+    if any(f.level == "problem" for f in (*machine.settings(), *machine.caches())):
+        yield note("not run: nothing can be told of it while the settings above are wrong")
+        return
     from bla_inductor import doctor_selftest
 
     yield from doctor_selftest.errors()

@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import fields
@@ -148,8 +149,8 @@ def has_gpu() -> bool:
 
 def compiler() -> str:
     """The C++ compiler that Inductor will find."""
-    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
-    return next((path for name in names if (path := shutil.which(name))), "")
+    usual = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", usual)) or ""
 
 
 def devices() -> Iterator[Finding]:
@@ -228,10 +229,13 @@ def _changed(options: Any) -> str:
 
 
 def caches() -> Iterator[Finding]:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     variable = "TORCHINDUCTOR_CACHE_DIR"
-    yield _cache("Inductor", os.environ.get(variable) or default_cache_dir(), variable)
+    folder = os.environ.get(variable)
+    if not folder:  # else the import makes the folder, and fails where that cannot be
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        folder = default_cache_dir()
+    yield _cache("Inductor", folder, variable)
     home = os.environ.get("TRITON_HOME") or Path.home()
     triton = os.environ.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache"
     yield _cache("Triton", triton, "TRITON_CACHE_DIR")

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from bla_inductor.verdict import Verification
 
 
+_OF_COMPILE = ("backend", "disable", "dynamic", "fullgraph", "recompile_limit")
+
+
 class BlaError(Exception):
     """Any error of this package that a user can mend."""
 
@@ -40,6 +43,9 @@ class BlaOptionError(BlaError, ValueError):
         """`key` is neither one of `own` nor one of Inductor's configuration keys."""
         own = tuple(own)
         valid = (*own, *inductor)
+        if key in _OF_COMPILE:
+            told = f"{key!r} is no option: it is an argument, torch.compile(model, {key}=…)"
+            return cls(told, key, got, valid, None)
         nearest = _nearest(key, valid)
         return cls(
             f"unknown option {key!r}{_suggest(nearest)} bla's own are {', '.join(own)}; "
@@ -51,12 +57,19 @@ class BlaOptionError(BlaError, ValueError):
         )
 
     @classmethod
+    def no_dictionary(cls, got: Any) -> BlaOptionError:
+        """What was given as `options` is none."""
+        told = f"options={got!r} should be a dictionary, such as options={{'strict': True}}"
+        return cls(told, "options", got, (), None)
+
+    @classmethod
     def bad_value(cls, key: str, got: Any, valid: Iterable[str]) -> BlaOptionError:
         """`key` exists, but takes one of `valid`."""
         valid = tuple(valid)
+        one_of = "one of " if len(valid) > 1 else ""
         nearest = _nearest(str(got), valid)
         return cls(
-            f"option {key}={got!r} should be one of {', '.join(valid)}{_suggest(nearest)}",
+            f"option {key}={got!r} should be {one_of}{', '.join(valid)}{_suggest(nearest)}",
             key,
             got,
             valid,

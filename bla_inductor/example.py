@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,14 @@ class Example:
         """Import what `target` names and call it. Raises UsageError, and what the user's code
         raises.
         """
-        made = _callable(target)()
+        function = _callable(target)
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise UsageError(
+                f"{target} is called without arguments ({error}); it should return (model, *args)"
+            ) from error
+        made = function()
         if not isinstance(made, tuple) or not made or not callable(made[0]):
             raise UsageError(
                 f"{target} returned a {type(made).__name__}; it should return (model, *args) or "

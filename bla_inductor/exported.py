@@ -161,7 +161,7 @@ def _module_calls(
 ) -> list[Any]:
     """The inputs and outputs of submodules whose call signature the user had preserved."""
     names = {node.name for node in graph_module.graph.nodes}
-    entries = copy.deepcopy(program.module_call_graph)
+    entries = [_copied(entry) for entry in program.module_call_graph]
     for entry in entries:
         if entry.signature is None:
             continue
@@ -172,3 +172,12 @@ def _module_calls(
         if any(argument.name and argument.name not in names for argument in arguments):
             entry.signature = None
     return entries
+
+
+def _copied(entry: Any) -> Any:
+    """A copy to write to, but for its pytree specs: torch warns of those that are copied."""
+    signature = entry.signature
+    if signature is not None:
+        lists = {name: copy.deepcopy(getattr(signature, name)) for name in ("inputs", "outputs")}
+        signature = replace(signature, **lists)
+    return replace(entry, signature=signature)

@@ -93,6 +93,8 @@ class Options:
         The second part of the result has Inductor's spelling of the keys and values as given:
         Inductor checks their types itself.
         """
+        if given is not None and not isinstance(given, Mapping):
+            raise BlaOptionError.no_dictionary(given)
         environ = os.environ if environ is None else environ
         rows = {row.name: row for row in fields(cls)}
         own: dict[str, Any] = {}
@@ -103,7 +105,7 @@ class Options:
 
         inductor: dict[str, Any] = {}
         for key, value in (given or {}).items():
-            name = key.replace("-", "_")  # Inductor takes both spellings, and so do we
+            name = str(key).replace("-", "_")  # Inductor takes both spellings, and so do we
             if name in rows:
                 own[name] = _checked(rows[name], key, value)
             else:
@@ -126,11 +128,12 @@ def _checked(row: Any, key: str, value: Any) -> Any:
         return _checked_bool(key, value)
     if row.name == "approximate":
         return _checked_approximation(key, value)
-    if value is None and row.default is None:
+    if row.default is None and str(value).lower() == "none":
         return None
     choices = _modes() if row.name == "mode" else row.metadata["choices"]
     if value not in choices:
-        raise BlaOptionError.bad_value(key, value, choices)
+        valid = choices if row.default is not None else (*choices, "None")
+        raise BlaOptionError.bad_value(key, value, valid)
     return value
 
 
@@ -168,7 +171,7 @@ def _checked_approximation(key: str, value: Any) -> Pisa | None:
     return Pisa(float(density), block_size)
 
 
-_EXAMPLE = "{'pisa': {'density': 0.15, 'block_size': 64}}"
+_EXAMPLE = json.dumps({"pisa": {"density": 0.15, "block_size": 64}})  # Python as well
 
 
 def _modes() -> Iterable[str]:

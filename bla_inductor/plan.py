@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,9 @@ class Plan:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return common_dtype(self.operands.values())
+        common = common_dtype(self.operands.values())
+        wide = self.found.precision == torch.float64  # the operator sums fp64 tensors alone in fp64
+        return torch.float64 if wide else common
 
     @property
     def upcast(self) -> bool:
@@ -172,7 +175,8 @@ class Plan:
             return source.node, places, tuple(i.size for i in have)
 
         if operand.source is None:
-            return frozenset((p.how, placed(p.source)) for p in operand.pieces), operand.dtype
+            counted = Counter((p.how, placed(p.source)) for p in operand.pieces)
+            return counted, operand.dtype
         text = "" if operand.map is None else operand.map.text
         return placed(operand.source), operand.dtype, text
 

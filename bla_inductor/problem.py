@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bla_inductor import compat
 from bla_inductor.absorb import dead_without, inside
 from bla_inductor.algebra import Index, Observation, Read, Term, Value, product
 from bla_inductor.algebra.regions import is_differentiated
@@ -25,6 +26,8 @@ def problem(plan: Plan, seen: Observation) -> Problem:
     c, d = size(plan.gathered.k.columns), size(plan.d)
     passed = plan.distinct()
     apart = [name for name, o in plan.operands.items() if not _beside(o, seen)]
+    device = seen.tensors[plan.root].device.type
+    narrow = plan.compute_dtype == torch.bfloat16 and not plan.upcast
     return Problem(
         batch=size(plan.batch),
         n=size(plan.n),
@@ -35,7 +38,8 @@ def problem(plan: Plan, seen: Observation) -> Problem:
         quadratic=plan.found.quadratic,
         normalised=plan.found.normaliser is not None,
         alive=_alive(plan, seen),
-        device=seen.tensors[plan.root].device.type,
+        device=device,
+        bfloat16_products=device == "cpu" and narrow and compat.cpu_multiplies_bfloat16(),
         itemsize=plan.compute_dtype.itemsize,
         gradients=is_differentiated(plan.root),
         upcast=plan.upcast,

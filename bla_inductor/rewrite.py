@@ -156,6 +156,8 @@ def _erase_dead(
     for node in reversed(gm.graph.nodes):
         if node.users or node.op in ("placeholder", "output") or node not in seen.position:
             continue
+        if seen.position[node] in seen.draws:
+            continue  # what is drawn after it would be other numbers
         writes = bool(seen.written_at(node))
         if writes and has_effect(node, seen, needed, roots, made):
             continue

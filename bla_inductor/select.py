@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from bla_inductor.absorb import dead_without
 from bla_inductor.algebra import Guard, Observation, Read, Value
 from bla_inductor.algebra.observation import reads_elements
 from bla_inductor.call import emit
@@ -214,6 +215,8 @@ class _Selector:
         try:
             value = self.value(node)
             assert value is not None
+            if id(self.seen.tensors[node]) in self.seen.reshaped:
+                raise Unemittable("its result is reshaped in place later; use a view of it")
             plan = Plan.make(node, attention, self.seen, self.catalogue, location, value)
             refusal = self.objection(plan)
             if refusal is not None or self.options.rewrite == "off":
@@ -232,10 +235,43 @@ class _Selector:
         decision = decide(problem(plan, self.seen))
         if not decision.pays and self.options.rewrite != "always":
             return Refusal(FAMILY, decision.reason, location, node.name)
+        reads = [n for n, _ in plan.reads]
+        gone = dead_without(node, reads, self.seen)
+        if any(self.seen.position[n] in self.seen.draws for n in gone):
+            why = "random numbers that it does not need are drawn inside, and would not be any more"
+            return Refusal(FAMILY, why, location, node.name)
+        shared = self.seen.written_at(node) and self._shares_memory(node)
+        if shared or self._parts_results(node):
+            why = "it is written into memory that other tensors hold; write it out of place"
+            return Refusal(FAMILY, why, location, node.name)
         if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):
             why = "it is a view of a tensor that is modified in place later; write it out of place"
             return Refusal(FAMILY, why, location, node.name)
         return None
+
+    def _parts_results(self, node: fx.Node) -> bool:
+        """Whether `node`, or a view of it, and another view of its memory are both returned."""
+        tensors, storage_of = self.seen.tensors, self.seen.storage_of
+        storage = storage_of(tensors[node])
+        there = [n for n, tensor in tensors.items() if storage_of(tensor) == storage]
+        mine = {node}
+        for other in there:
+            mine |= {other} if any(n in mine for n in other.all_input_nodes) else set()
+        (output,) = self.gm.graph.find_nodes(op="output")
+        returned = {n in mine for n in there if output in n.users}
+        return len(returned) > 1
+
+    def _shares_memory(self, node: fx.Node) -> bool:
+        """Whether an input, or a view that is read later, lies where `node` does."""
+        seen, at = self.seen, self.seen.position[node]
+        own = seen.tensors[node]
+        storage = seen.storage_of(own)
+        return any(
+            n.op in ("placeholder", "get_attr")
+            or (tensor is not own and any(seen.position.get(u, at) >= at for u in n.users))
+            for n, tensor in seen.tensors.items()
+            if n is not node and seen.storage_of(tensor) == storage
+        )
 
     def _owns_memory(self, node: fx.Node) -> bool:
         storage = self.seen.storage_of(self.seen.tensors[node])

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from bla_inductor.algebra import Factor, Guard, Index, Read, Term
+from bla_inductor.algebra import Factor, Guard, Index, Mask, Read, Term
 
 __all__ = ["Contraction", "Known", "Roles", "Unsplittable"]
 
@@ -175,8 +175,9 @@ class Contraction:
                     groups[home].append(factor)
                 elif factor.indices() <= result:
                     outer.append(factor)
-                else:
-                    groups[fitting[0]].append(factor)
+                else:  # what a mask clears in the state (of c, say) was cleared of keys and values
+                    keys = isinstance(factor, Mask) and "k" in fitting
+                    groups["k" if keys else fitting[0]].append(factor)
         operands = {name: tuple(factors) for name, factors in groups.items()}
         return Roles(operands, {x: i for x, i in letters.items() if x}, tuple(batch), tuple(outer))
 

@@ -23,10 +23,12 @@ from bla_inductor.algebra.index import (
     as_size,
     axis_size,
     equal,
+    product,
     quotient,
     reshape_axes,
 )
 from bla_inductor.algebra.registry import Lookup, Result, number, rule, scalar
+from bla_inductor.algebra.signs import may_be_met
 from bla_inductor.algebra.term import (
     Delta,
     Read,
@@ -37,6 +39,7 @@ from bla_inductor.algebra.term import (
     guarded,
     multiply,
 )
+from bla_inductor.compat import clamp_is_flat_at_its_bounds
 
 __all__: list[str] = []
 
@@ -77,7 +80,7 @@ def _bounded(
 ) -> Value | None:
     """max(z, low), said as low where z < low, else z; or, `keep`, as z where z > low, else low.
 
-    At low itself the gradient is that of clamp.
+    At low itself the gradient is that of clamp: where a sum may be low, the program's has to be.
     """
     read = single(condition)
     origin = read.leaf.origin if isinstance(read, Read) and read.axes == condition.axes else None
@@ -91,6 +94,9 @@ def _bounded(
     ):
         return None
     if not isinstance(low, float) or not isinstance(limit, float):
+        return None
+    flat = origin.operator in (aten.gt, aten.le)
+    if flat != clamp_is_flat_at_its_bounds() and may_be_met(low):
         return None
     if abs(limit - low) > torch.finfo(out.dtype).eps * abs(low):  # one may have been rounded
         return None
@@ -184,6 +190,9 @@ def _position(value: Value) -> Value | None:
     read = single(value)
     if not isinstance(read, Read) or read.power != 1 or (origin := read.leaf.origin) is None:
         return None
+    dtypes = {read.leaf.dtype, read.dtype, value.dtype}
+    if not all(_counts_exactly(read, dtype) for dtype in dtypes):
+        return None
     if origin.operator is aten.arange:
         first = [number(x) for x in origin.args]
         counts = len(first) == 1 or (len(first) > 1 and first[0] == 0 and first[2:] in ([], [1]))
@@ -198,8 +207,8 @@ def _position(value: Value) -> Value | None:
     divisor = origin.args[1]
     if isinstance(divisor, Value):
         term = divisor.term
-        divisor = int(term.coef) if not term.factors and not term.bound else None
-    if inner is None or divisor is None:
+        divisor = term.coef if not term.factors and not term.bound else None
+    if inner is None or divisor is None or int(divisor) != divisor:
         return None
     inner, size = inner.fresh(), as_size(divisor)
     count = quotient(axis_size(inner.axes[-1]), size)
@@ -213,3 +222,13 @@ def _position(value: Value) -> Value | None:
     whole = Value(value.term, (*value.axes, *read.axes), value.dtype)
     whole, inner = align(whole, inner, {rank + i: i for i in range(len(read.axes))})
     return Value(whole.term, (*whole.axes[:rank], inner.axes[-1]), value.dtype)
+
+
+def _counts_exactly(read: Read, dtype: torch.dtype) -> bool:
+    """Whether `dtype` has all whole numbers up to the length of what is counted through."""
+    if dtype.is_floating_point:
+        limit = int(2 / torch.finfo(dtype).eps)
+    else:
+        limit = torch.iinfo(dtype).max
+    size = product(read.leaf.shape)
+    return size <= limit if isinstance(size, int) else limit >= 2**24

@@ -115,5 +115,15 @@ class Memory:
                 origin = Origin(None, (value,))
                 self.new_leaf(tensor, fixed=fixed, operation=node.name, node=node, origin=origin)
 
+    def may_be_written(self, tensor: torch.Tensor, operation: str) -> None:
+        """Whatever shares the memory of `tensor` is a leaf from here on."""
+        storage = self.seen.storage_of(tensor)
+        self.overwritten.append(tensor)
+        self.cuts = {i: v for i, v in self.cuts.items() if not self.lives_in(v, storage)}
+        self.seen.writes.setdefault(storage, []).append(self.now)
+        for alias in list(self.by_storage.get(storage, [])):
+            node = self.node_of.get(id(alias))
+            self.new_leaf(alias, fixed=False, operation=operation, node=node)
+
     def lives_in(self, value: Value, storage: int) -> bool:
         return any(self.leaf_storage.get(leaf) == storage for leaf in value.term.leaves())

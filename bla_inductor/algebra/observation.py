@@ -70,6 +70,8 @@ class Observation:
     errors: list[str] = field(default_factory=list)
     rules: Counter[str] = field(default_factory=Counter)
     writes: dict[int, list[int]] = field(default_factory=dict)
+    draws: set[int] = field(default_factory=set)  # positions of nodes that draw random numbers
+    reshaped: set[int] = field(default_factory=set)  # ids of tensors, reshaped in place
     storage: dict[int, int] = field(default_factory=dict)
     mode: FakeTensorMode | None = None
     hints: dict[sympy.Symbol, int] = field(default_factory=dict)

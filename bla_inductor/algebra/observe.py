@@ -36,7 +36,7 @@ from bla_inductor.algebra.index import as_size
 from bla_inductor.algebra.observation import Body, Observation, Opaque
 from bla_inductor.algebra.observer import Observer, Reshaped
 from bla_inductor.algebra.recorded import NotOne, tensors_in
-from bla_inductor.algebra.regions import Regions, hooks, is_users
+from bla_inductor.algebra.regions import Regions, hooks, is_users, writes
 from bla_inductor.algebra.term import Origin
 
 __all__ = ["observe", "undisturbed"]
@@ -113,6 +113,13 @@ class _Walk(fx.Interpreter):
                 raise Opaque(
                     "an input is of a torch.func transform (vmap, grad); compile the inner function"
                 )
+            if isinstance(real, list | tuple) and tensors_in(real):
+                raise Opaque(
+                    "its inputs are in a list, as those of a backward of compiled autograd, which "
+                    "is not looked into"
+                )
+            if isinstance(real, torch.Tensor) and real.layout != torch.strided:
+                raise Opaque(f"an input is a {real.layout} tensor, which is not looked into")
             known = n.meta.get("example_value", n.meta.get("val"))
             tensor = self.leaf(real if known is None else known, fixed=next(self.fixed), node=n)
             self._note_hints(known if isinstance(known, torch.SymInt) else tensor)
@@ -168,9 +175,13 @@ class _Walk(fx.Interpreter):
         """Not executed: the results are made from the recorded metadata, the body is visited on its
         own.
         """
-        args, _ = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
         name = n.target.name() if isinstance(n.target, HigherOrderOperator) else ""
         bodies = self.observer.seen.bodies
+        graphs = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, fx.GraphModule)]
+        if "mutation" in name or any(map(writes, graphs)):
+            for tensor in tensors_in((args, kwargs)):
+                self.observer.may_be_written(tensor, name)
         if name == "cond":
             _, *branches, operands = args
             bodies += [Body(branch, self._fixed(operands), None) for branch in branches]

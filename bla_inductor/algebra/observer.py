@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,18 @@ __all__ = ["Observer", "Reshaped"]
 _ = (joined_rules, layout_rules, mask_rules, sum_rules)  # imported for the rules they register
 
 
+_aten = torch.ops.aten
+# These write to their running statistics, arguments 3 and 4, where argument 5 holds (training), and
+# their schemas do not say so.
+_STATISTICS = {
+    _aten.batch_norm,
+    _aten.instance_norm,
+    _aten.native_batch_norm,
+    _aten.cudnn_batch_norm,
+    _aten.miopen_batch_norm,
+}
+
+
 class Reshaped(Exception):
     """An operator changed the shape of a tensor in place: what was recorded of it is not true."""
 
@@ -45,8 +58,10 @@ class Observer(Memory, TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.cut_off |= not torch.is_grad_enabled()
-        if self.trusting and torch.Tag.inplace_view in func.tags:
-            raise Reshaped
+        if torch.Tag.inplace_view in func.tags:
+            if self.trusting:
+                raise Reshaped
+            self.seen.reshaped |= {id(t) for t in tensors_in(args[:1])}
         if self.recorded is not None:
             return self.recorded(func, args, kwargs)
         out = stand_in(func, args, kwargs) if self.trusting else None
@@ -56,10 +71,16 @@ class Observer(Memory, TorchDispatchMode):
         return out
 
     def _note(self, func: Any, call: Call, out: Any) -> None:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.seen.draws.add(self.now)
         if func._schema.is_mutable:
             self._write(func, call[1], call[2], out)
         else:
             self._record(call, out)
+            packet, args, _ = call
+            if packet in _STATISTICS and (len(args) < 6 or args[5]):
+                for tensor in tensors_in(args[3:5]):
+                    self.may_be_written(tensor, packet.__name__)
 
     def from_record(self, run: Callable[[], Any], result: Any) -> Any:
         """`run()`, a node that gave `result` when it was traced, without computing anything.
@@ -251,6 +272,8 @@ class Observer(Memory, TorchDispatchMode):
                 if alias is not target:
                     node, name = self.node_of.get(id(alias)), packet.__name__
                     was = origin_of_written(Origin(packet, (self.value(alias), *sources)))
+                    if was is not None:  # not told entry by entry: it may be a view in other axes
+                        was = replace(was, operator=packet)
                     self.new_leaf(alias, fixed=fixed, operation=name, node=node, origin=was)
             if value is not None:
                 self.keep(target, value)

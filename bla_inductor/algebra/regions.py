@@ -7,6 +7,8 @@ Terms never reach into or across such a place: gradients would flow where they d
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
@@ -14,10 +16,19 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from bla_inductor.algebra.composites import is_composite
 from bla_inductor.algebra.observer import Observer
 
-__all__ = ["Regions", "hooks", "is_differentiated", "is_users"]
+__all__ = ["Regions", "hooks", "is_differentiated", "is_users", "writes"]
 
 _ENTER = torch.autograd.grad_mode._enter_inference_mode
 _EXIT = torch.autograd.grad_mode._exit_inference_mode
+_WRITING = {"__setitem__", "batch_norm", "instance_norm"}
+_IN_PLACE = (
+    {"setitem", "delitem"}
+    | {  # and iadd, iand, …
+        name
+        for name in operator.__all__
+        if name[0] == "i" and {name[1:], f"{name[1:]}_"} & {*operator.__all__}
+    }
+)
 _TORCHS = {"torch", "_operator", "operator", "builtins", "math"}
 
 
@@ -108,3 +119,27 @@ def is_users(n: fx.Node) -> bool:
         return theirs and any(is_composite(getattr(packet, name)) for name in packet.overloads())
     module = getattr(n.target, "__module__", None)  # methods of tensors have none
     return module is not None and module.partition(".")[0] not in _TORCHS
+
+
+def writes(body: fx.GraphModule) -> bool:
+    """Whether a node of `body`, the graph of a higher-order operator, may write to memory."""
+    return any(map(_may_write, body.graph.nodes)) or any(
+        writes(module) for _, module in body.named_children() if isinstance(module, fx.GraphModule)
+    )
+
+
+def _may_write(n: fx.Node) -> bool:
+    if n.op not in ("call_function", "call_method"):
+        return n.op == "call_module"
+    if "out" in n.kwargs or n.kwargs.get("inplace") or n.kwargs.get("training"):
+        return True
+    if isinstance(n.target, OpOverload):
+        return n.target._schema.is_mutable
+    if isinstance(n.target, OpOverloadPacket):
+        return any(getattr(n.target, o)._schema.is_mutable for o in n.target.overloads())
+    if isinstance(n.target, HigherOrderOperator):
+        return "mutation" in n.target.name()
+    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+    if isinstance(n.target, str) or getattr(n.target, "__module__", "") != "_operator":
+        return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
+    return name in _IN_PLACE

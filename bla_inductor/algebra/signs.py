@@ -1,4 +1,4 @@
-"""Which tensors are known to have no negative entries.
+"""Which tensors are known to have no negative entries, and which bounds a sum is never exactly at.
 
 |x| = x is what makes an L1 norm a plain sum: rows of φ(Q)φ(K)ᵀ divided by their L1 norm are
 normalised linear attention, where φ is not negative.
@@ -12,8 +12,9 @@ import torch
 
 from bla_inductor.algebra.registry import number
 from bla_inductor.algebra.term import Factor, Guard, Leaf, Read, Term, Value
+from bla_inductor.compat import clamp_is_flat_at_its_bounds
 
-__all__ = ["nonnegative"]
+__all__ = ["may_be_met", "nonnegative"]
 
 aten = torch.ops.aten
 _ALWAYS = {
@@ -29,8 +30,14 @@ _ALWAYS = {
     aten.square,
     aten.cosh,
 }
+_SMALL = 2.0**-6
 # min f(x), so that f(x) + c is not negative for c ≥ -min
 _BELOW = {aten.elu: -1.0, aten.tanh: -1.0, aten.sin: -1.0, aten.cos: -1.0, aten.erf: -1.0}
+
+
+def may_be_met(bound: Any) -> bool:
+    """Whether a normaliser may be exactly `bound`: a count may be 0 or 1; 1e-6 is met by chance."""
+    return not isinstance(bound, float) or not 0 < bound < _SMALL
 
 
 def nonnegative(term: Term) -> bool:
@@ -71,7 +78,9 @@ def _leaf(leaf: Leaf) -> bool:
         low = number(
             dict(origin.kwargs).get("min", origin.args[1] if len(origin.args) > 1 else None)
         )
-        return isinstance(low, float) and low >= 0
+        # at 0 clamp passes the gradient on, and |x| does not
+        flat = clamp_is_flat_at_its_bounds()
+        return isinstance(low, float) and (low > 0 or (low == 0 and flat))
     if origin.operator is aten.add and isinstance(first, Value):
         return _sum(first, origin.args[1], dict(origin.kwargs).get("alpha", 1))
     if origin.operator in (aten.native_dropout, aten.detach) and isinstance(first, Value):

@@ -15,7 +15,7 @@ import torch
 from bla_inductor.algebra.index import Axis, as_size, axis_size, equal
 from bla_inductor.algebra.product_rules import bmm, contract, div, mm, mul, mv, reduced
 from bla_inductor.algebra.registry import Lookup, Result, number, rule, scalar
-from bla_inductor.algebra.signs import nonnegative
+from bla_inductor.algebra.signs import may_be_met, nonnegative
 from bla_inductor.algebra.term import Guard, Leaf, Origin, Term, Value, guarded, leaf_value
 from bla_inductor.algebra.tiles import tiled
 
@@ -86,7 +86,8 @@ def _clamp(
 def _maximum(V: Lookup, out: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> Result:
     for one, other in ((x, y), (y, x)):
         eps = scalar(V, other)
-        if eps is not None and one.dim() == out.dim():
+        # where they are equal, either gets half of the gradient
+        if eps is not None and one.dim() == out.dim() and not may_be_met(eps):
             return _clamp(V, out, one, eps)
     return None
 

@@ -13,6 +13,7 @@ operation returns a new one. Indices inside a guard's own sum are private to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -224,7 +225,7 @@ class Term:
         return not self.bound and next(self.leaves(), None) is None
 
     def scaled(self, by: Coefficient) -> Term:
-        return replace(self, coef=self.coef * by)
+        return replace(self, coef=_times(self.coef, by))
 
     def summed(self, indices: Axis, dtype: torch.dtype) -> Term:
         """Σ over `indices`, kept in `dtype`; an index that nothing reads counts as its size."""
@@ -277,10 +278,27 @@ def leaf_value(leaf: Leaf) -> Value:
 
 
 def constant(number: Coefficient, tensor: torch.Tensor) -> Value:
-    """A tensor filled with one number."""
+    """A tensor filled with one number, as its dtype has it."""
+    number = _stored(number, tensor.dtype)
     sizes = [as_size(s) for s in tensor.shape]
     axes = tuple(() if equal(size, 1) else (Index(size),) for size in sizes)
     return Value(Term(coef=number), axes, tensor.dtype)
+
+
+def _stored(number: Coefficient, dtype: torch.dtype) -> Coefficient:
+    """What a tensor of integers or booleans makes of a number."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return number
+    if not isinstance(number, int | float):
+        if number.is_integer and dtype == torch.int64:
+            return number
+        raise Inexpressible("a symbolic number in a dtype that may not have it")
+    if dtype == torch.bool:
+        return float(number != 0)
+    limits = torch.iinfo(dtype)
+    if not limits.min <= number <= limits.max:
+        raise Inexpressible("a number that the dtype does not have")
+    return float(int(number))
 
 
 def align(a: Value, b: Value, pairs: Mapping[int, int]) -> tuple[Value, Value]:
@@ -311,7 +329,14 @@ def multiply(a: Term, b: Term) -> Term:
         raise Inexpressible("too long a product to be attention")
     precision = _narrower(a.precision, b.precision)
     depth = max(a.depth, b.depth)
-    return Term(factors, a.bound + b.bound, a.coef * b.coef, precision, depth)
+    return Term(factors, a.bound + b.bound, _times(a.coef, b.coef), precision, depth)
+
+
+def _times(a: Coefficient, b: Coefficient) -> Coefficient:
+    product = a * b
+    if isinstance(product, float) and not math.isfinite(product):
+        raise Inexpressible("times infinity, which is no number where the product has a zero")
+    return product
 
 
 def _narrower(a: torch.dtype | None, b: torch.dtype | None) -> torch.dtype | None:

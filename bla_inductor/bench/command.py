@@ -61,11 +61,16 @@ def run(given: argparse.Namespace) -> int:
         )
     if given.suite == "pisa":  # approximate, so another opponent and other columns
         return pisa.run(given)
+    _check(given)
     chosen = [name for name in given.providers.split(",") if name]
     unknown = [name for name in chosen if name not in PROVIDERS]
     if unknown:
         raise SystemExit(f"bench: no provider {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
     lengths = {int(n) for n in given.lengths.split(",") if n}
+    if given.device == "cpu" and given.suite in ("dims", "seed", "shapes"):
+        print(
+            "these are sizes for a GPU, which a CPU takes hours for; see --lengths, or bench smoke"
+        )
     cases = [
         c
         for c in SUITES.get(given.suite, [])
@@ -109,6 +114,18 @@ def run(given: argparse.Namespace) -> int:
         except ImportError:
             print("no plot: matplotlib is not installed (pip install matplotlib)")
     return int(any(r.note.startswith("WRONG") for r in rows))
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Before anything is measured, what would fail after it was."""
+    if not all(n.isdecimal() for n in given.lengths.split(",") if n):
+        raise UsageError(f"--lengths {given.lengths} should be numbers, such as 1024,4096")
+    if given.device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {given.device}: torch sees no GPU here; --device cpu works")
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {given.out} cannot be written: {error.strerror}") from error
 
 
 def _rows(

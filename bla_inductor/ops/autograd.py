@@ -33,7 +33,9 @@ class _LinearAttention(torch.autograd.function._SingleLevelFunction):
     @untraced
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *tensors, kwargs, tangents = args
-        with torch._C._AutoDispatchBelowAutograd():
+        # Below views as well: a result that is laid out as a view of its memory is no view to
+        # autograd, which would refuse to have it, or a view of it, modified in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             if tangents is None:
                 out, state, key_sum = linear_attention_forward(*tensors, **kwargs)
             else:  # they differentiate this call again, and `Function` turned both modes off

@@ -292,6 +292,23 @@ def slice_of_a_wider_product(q, k, v):
     return (q @ (k.T @ F.pad(v, (0, 1), value=1.0)))[..., :-1]
 
 
+@program("it is written into memory that other tensors hold", ND, ND, ND, ND)
+def written_into_an_input(q, k, v, out):
+    return out.addmm_(q, k.T @ v)
+
+
+@program("its result is reshaped in place later", ND, ND, ND)
+def reshaped_in_place(q, k, v):
+    out = q @ (k.T @ v)
+    out.unsqueeze_(0)
+    return out
+
+
+@program("random numbers that it does not need are drawn inside", ND, ND, ND, matches=1)
+def drawn_and_sliced_off(q, k, v):
+    return (q @ (k.T @ torch.cat((v, torch.randn(50, 1)), -1)))[..., :-1] * 2
+
+
 @program(
     "none of q, k, v is a floating-point tensor",
     inputs=lambda: [torch.ones(ND, dtype=torch.long)] * 3,

@@ -81,6 +81,21 @@ def test_what_it_cannot_do_it_says(tmp_path, arguments, said) -> None:
         bench(tmp_path, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lengths", "abc"], "--lengths abc should be numbers"),
+        (["--device", "cuda"], "torch sees no GPU"),
+        (["--out", f"{__file__}/results"], "cannot be written"),
+    ],
+)
+def test_what_would_fail_later_is_said_first(arguments, said, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["bench", "smoke", *arguments])
+    assert said in capsys.readouterr().err
+
+
 def test_an_interrupt_keeps_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
     def interrupted(case, *arguments):
         yield command.Row(case.name, "", case.N, "", "", "forward", "torch")

@@ -62,9 +62,17 @@ def test_without_a_match_the_nearest_candidate_is_printed(program, capsys) -> No
         ("no_such_module:f", "cannot import 'no_such_module'"),
         ("PROGRAM:missing", "has no callable 'missing'; it has attention, softmax"),
         ("PROGRAM:wrong", "should return (model, *args)"),
+        ("PROGRAM:attention", "is called without arguments (missing a required argument: 'q')"),
     ],
 )
 def test_wrong_targets_say_what_is_right(program, target, message, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["explain", target.replace("PROGRAM", str(program))])
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_one_line(program, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("BLA_REWRITE", "offf")
+    with pytest.raises(SystemExit):
+        main(["explain", f"{program}:positional"])
+    assert "option BLA_REWRITE='offf' should be one of auto, always, off" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bla_inductor.kernels import large
 
+import bla_inductor
 from bla_inductor.cost import Problem, decide
 
 ATTENTION = Problem(
@@ -91,6 +92,23 @@ def test_few_copies_pay_and_those_beside_a_slow_graph(change) -> None:
 )
 def test_limits_of_the_kernels_do_not_bind_elsewhere(change) -> None:
     assert decide(replace(ATTENTION, device="cpu", **change)).pays
+
+
+def test_bfloat16_stays_where_a_cpu_multiplies_it() -> None:
+    on_cpu = replace(ATTENTION, device="cpu", bfloat16_products=True)
+    assert "Inductor's products are in bfloat16" in decide(on_cpu).reason
+    assert not decide(on_cpu).pays
+    assert decide(replace(on_cpu, quadratic=True)).pays
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_which_products_are_in_bfloat16(monkeypatch, dtype) -> None:
+    monkeypatch.setattr("bla_inductor.compat.cpu_multiplies_bfloat16", lambda: True)
+    x = torch.rand(2, 64, 8, dtype=dtype)
+    narrow = bla_inductor.explain(lambda q, k, v: q @ (k.mT @ v), x, x, x)
+    assert bool(narrow.matches) == (dtype != torch.bfloat16)
+    wide = bla_inductor.explain(lambda q, k, v: q.float() @ (k.mT.float() @ v.float()), x, x, x)
+    assert wide.matches
 
 
 def test_a_state_read_elsewhere_is_cheap_beside_a_normaliser() -> None:

@@ -137,6 +137,10 @@ FAULTS: dict[str, tuple[Fault, str, str, str]] = {
         ),
         "versions", "no C++ compiler", "install g++",
     ),
+    "another compiler": (
+        all_of(sets(CXX="{folder}/g++"), replaces(torch.cuda, "is_available", lambda: False)),
+        "versions", "no C++ compiler", "install g++",
+    ),
     "an old GPU": (gpu(major=7), "devices", "compute capability 7.0", "'rewrite': 'off'"),
     "interpreter": (sets(TRITON_INTERPRET="1"), "settings", "TRITON_INTERPRET", "unset"),
     "no dynamo": (sets(TORCHDYNAMO_DISABLE="1"), "settings", "nothing is compiled", "unset"),
@@ -204,6 +208,24 @@ def test_a_fault_is_told_with_what_to_do(name: str, monkeypatch: Any, tmp_path: 
     text = told(section_named(section))
     assert words in text
     assert todo in text
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"BLA_REWRITE": "offf"},
+        {"TORCH_COMPILE_DISABLE": "1"},
+        {"TORCHINDUCTOR_CACHE_DIR": "{folder}/file"},
+    ],
+    ids=lambda variables: next(iter(variables)),
+)
+def test_a_wrong_setting_is_not_blamed_on_the_self_test(
+    variables: dict[str, str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    sets(**variables)(monkeypatch, tmp_path)
+    assert told(doctor._errors) == ""
+    assert "not run" in told(doctor._errors, "note")
 
 
 def test_no_gpu_and_no_triton_is_no_fault(monkeypatch: Any) -> None:

@@ -121,7 +121,7 @@ def test_another_fill_is_a_coefficient() -> None:
         (lambda a, z: a / z, "add", 0.0),
         (lambda a, z: a / z.clamp(min=0.1), "clamp", 0.1),
         (lambda a, z: a / torch.clamp_min(z, 0.1), "clamp", 0.1),
-        (lambda a, z: a / torch.maximum(z, torch.full_like(z, 0.1)), "clamp", pytest.approx(0.1)),
+        (lambda a, z: a / torch.maximum(z, torch.full_like(z, 0.01)), "clamp", pytest.approx(0.01)),
     ],
 )
 def test_guards(divide, kind, eps) -> None:

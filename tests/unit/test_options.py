@@ -81,12 +81,29 @@ def test_an_unknown_key_near_to_nothing_lists_our_own():
         ({"mode": "max-autotun"}, {}, "mode='max-autotun' should be .*mean 'max-autotune'"),
         ({}, {"BLA_INNER": "egaer"}, "BLA_INNER='egaer' should be .*mean 'eager'"),
         ({}, {"BLA_STRICT": "maybe"}, "BLA_STRICT='maybe' should be"),
+        ({"verify": False}, {}, "verify=False should be one of first, always, None"),
+        ({"fullgraph": True}, {}, "an argument, torch.compile\\(model, fullgraph=…\\)"),
+        ({3: 4}, {}, "unknown option '3'"),
+        ("strict", {}, "options='strict' should be a dictionary"),
     ],
 )
 def test_a_bad_value_lists_the_good_ones(given, environ, message):
     with pytest.raises(BlaOptionError, match=message) as caught:
         parse(given, **environ)
     assert caught.value.nearest is None or caught.value.nearest in caught.value.valid
+
+
+def test_what_an_error_proposes_for_the_approximation_is_taken():
+    with pytest.raises(BlaOptionError) as caught:
+        parse(BLA_APPROXIMATE="pisa")
+    (example,) = caught.value.valid
+    assert f"should be {example}" in str(caught.value)
+    own, _ = parse(BLA_APPROXIMATE=example)
+    assert own.approximate is not None
+
+
+def test_none_in_the_environment_is_the_default():
+    assert parse(BLA_VERIFY="None", BLA_MODE="none")[0] == Options()
 
 
 def test_the_errors_survive_a_process_boundary():
