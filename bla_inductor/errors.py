@@ -102,8 +102,8 @@ class BlaNoMatchError(BlaError, RuntimeError):
             "strict=True, and nothing in this graph was rewritten "
             f"({report.summary()}). Without strict it compiles as it is.\n"
             "strict judges every compiled graph by itself: with graph breaks, a piece without "
-            "attention raises as well, so use it with torch.compile(..., fullgraph=True).\n"
-            f"{report}"
+            "attention raises as well, so use it with torch.compile(..., fullgraph=True)."
+            + "".join(f"\n{entry}" for entry in report)
         )
         self.report = report
 

@@ -34,7 +34,8 @@ def announce(report: Report) -> None:
     approximate = [m for m in report.matches if m.approximate]
     for match, times in Counter((m.location, m.family, m.approximate) for m in approximate).items():
         log.warning("%s  %s: %s (%d×)", *match, times)  # asked for, but never silent
-    log.debug("%s", report)
+    if details := "\n".join(map(str, report)):
+        log.debug("%s", details)
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": "bla_report", "encoding": "string"},

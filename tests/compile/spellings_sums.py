@@ -71,13 +71,3 @@ def entries_taken_again(q, k, v):
     q, k = elu1(q), elu1(k)
     each = [q[i] @ (k[i].mT @ v[i]) / (q[i] @ k[i].sum(-2).unsqueeze(-1) + 1e-6) for i in range(2)]
     return torch.stack(each)
-
-
-@further(decoupled=True, normalised=True)
-def entries_written_between(q, k, v):
-    """Of what is written since, a slice is another tensor."""
-    q, k = elu1(q), elu1(k)
-    numerator = q[:, :2] @ (k[:, :2].mT @ v[:, :2])
-    k = k * 1.0
-    k[:, 0].mul_(2)
-    return numerator / (q[:, :2] @ k[:, :2].sum(-2).unsqueeze(-1) + 1e-6)

@@ -122,6 +122,12 @@ def gradient_of_the_users(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out / z
 
 
+def slice_taken_without_gradients_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        total = q[:, :10].exp().sum()
+    return q[:, :10] @ (k.mT @ v) + total
+
+
 def nothing_cut(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain_attention(q, k, v)
 
@@ -174,6 +180,7 @@ CASES: list[tuple[Function, int]] = [
     (operator_of_the_users, 0),
     (nothing_cut, 1),
     (gradient_of_the_users, 1),
+    (slice_taken_without_gradients_before, 1),
 ]
 HOOKED: list[tuple[Function, int]] = [
     (hook_on_the_result, 1),
