@@ -18,6 +18,7 @@ from bla_inductor.plan import Plan
 __all__ = ["emit"]
 
 aten = torch.ops.aten
+_VIEWS = {aten.permute.default, aten.reshape.default, aten.view.default, aten.expand.default}
 
 
 def emit(plan: Plan, emitter: Emitter, seen: Observation) -> fx.Node:
@@ -53,6 +54,8 @@ def emit(plan: Plan, emitter: Emitter, seen: Observation) -> fx.Node:
         node, factor = plan.addend
         result = emitter.call(aten.add.Tensor, result, node, alpha=emitter.number(factor))
     result = emitter.cast(result, plan.dtype)
+    if result.target in _VIEWS and _written_elsewhere(plan.root, seen):
+        result = emitter.call(aten.clone.default, result)
     if not plan.exact:
         return result
     original = seen.tensors[plan.root]
@@ -65,6 +68,19 @@ def emit(plan: Plan, emitter: Emitter, seen: Observation) -> fx.Node:
     if not emitter.same_layout(result, original):
         raise Unemittable("its result has strides that no kernel writes")
     return result
+
+
+def _written_elsewhere(root: fx.Node, seen: Observation) -> bool:
+    """Whether what is made in a `no_grad` region may be written outside of it, which autograd
+    refuses for a view.
+    """
+    at = seen.position[root]
+    left = any(
+        n.target is torch._C._set_grad_enabled and n.args[0] and seen.position[n] > at
+        for n in root.graph.nodes
+        if n in seen.position
+    )
+    return left and seen.written(root, at)
 
 
 def _scale(plan: Plan, emitter: Emitter, coef: Any, *names: str) -> Any:

@@ -249,29 +249,41 @@ class _Selector:
             return Refusal(FAMILY, why, location, node.name)
         return None
 
-    def _parts_results(self, node: fx.Node) -> bool:
-        """Whether `node`, or a view of it, and another view of its memory are both returned."""
-        tensors, storage_of = self.seen.tensors, self.seen.storage_of
-        storage = storage_of(tensors[node])
-        there = [n for n, tensor in tensors.items() if storage_of(tensor) == storage]
-        mine = {node}
-        for other in there:
-            mine |= {other} if any(n in mine for n in other.all_input_nodes) else set()
-        (output,) = self.gm.graph.find_nodes(op="output")
-        returned = {n in mine for n in there if output in n.users}
-        return len(returned) > 1
-
     def _shares_memory(self, node: fx.Node) -> bool:
-        """Whether an input, or a view that is read later, lies where `node` does."""
-        seen, at = self.seen, self.seen.position[node]
-        own = seen.tensors[node]
-        storage = seen.storage_of(own)
+        """Whether what is no view of `node` lies where `node` was written to, and outlives it: an
+        input, or what is read later.
+        """
+        tensors, position, at = self.seen.tensors, self.seen.position, self.seen.position[node]
         return any(
             n.op in ("placeholder", "get_attr")
-            or (tensor is not own and any(seen.position.get(u, at) >= at for u in n.users))
-            for n, tensor in seen.tensors.items()
-            if n is not node and seen.storage_of(tensor) == storage
+            or (
+                tensors[n] is not tensors[node]
+                and any(position.get(user, at) >= at for user in n.users)
+            )
+            for n in self._beside(node)
         )
+
+    def _parts_results(self, node: fx.Node) -> bool:
+        """Whether `node`, or a view of it, and another view of its memory are both returned."""
+        (output,) = self.gm.graph.find_nodes(op="output")
+        beside = [n for n in self._beside(node) if output in n.users]
+        return bool(beside) and any(output in n.users for n in self._views(node))
+
+    def _beside(self, node: fx.Node) -> list[fx.Node]:
+        """What lies where `node` does, and is no view of it."""
+        return [n for n in self._there(node) if n not in self._views(node)]
+
+    def _views(self, node: fx.Node) -> set[fx.Node]:
+        """`node` and its views."""
+        found = {node}
+        for other in self._there(node):
+            found |= {other} if found & {*other.all_input_nodes} else set()
+        return found
+
+    def _there(self, node: fx.Node) -> list[fx.Node]:
+        tensors, storage_of = self.seen.tensors, self.seen.storage_of
+        storage = storage_of(tensors[node])
+        return [n for n, tensor in tensors.items() if storage_of(tensor) == storage]
 
     def _owns_memory(self, node: fx.Node) -> bool:
         storage = self.seen.storage_of(self.seen.tensors[node])

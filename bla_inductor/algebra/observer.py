@@ -71,16 +71,17 @@ class Observer(Memory, TorchDispatchMode):
         return out
 
     def _note(self, func: Any, call: Call, out: Any) -> None:
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.seen.draws.add(self.now)
+        told = False
         if func._schema.is_mutable:
             self._write(func, call[1], call[2], out)
         else:
-            self._record(call, out)
+            told = self._record(call, out)
             packet, args, _ = call
             if packet in _STATISTICS and (len(args) < 6 or args[5]):
                 for tensor in tensors_in(args[3:5]):
                     self.may_be_written(tensor, packet.__name__)
+        if torch.Tag.nondeterministic_seeded in func.tags and not told:
+            self.seen.draws.add(self.now)  # a dropout of nothing is told, and draws nothing
 
     def from_record(self, run: Callable[[], Any], result: Any) -> Any:
         """`run()`, a node that gave `result` when it was traced, without computing anything.
@@ -201,10 +202,11 @@ class Observer(Memory, TorchDispatchMode):
             self.seen.errors.append(f"{packet}: axes {value.axes} for shape {tuple(tensor.shape)}")
         return value if right else None
 
-    def _record(self, call: Call, out: Any) -> None:
+    def _record(self, call: Call, out: Any) -> bool:
+        """Whether a rule has told all results."""
         outs = tensors_in(out)
         if not outs:
-            return
+            return False
         packet, args, kwargs = call
         values = self._apply(packet, out, args, kwargs)
         fixed = None
@@ -216,9 +218,10 @@ class Observer(Memory, TorchDispatchMode):
             else:
                 self.keep(tensor, self._again(tensor, value))
         if packet in LAYOUT and id(args[0]) in self.cuts:
-            values = self._apply(packet, out, args, kwargs, _Cut(self))
-            if values[0] is not None:
-                self.cuts[id(out)] = values[0]
+            (cut,) = self._apply(packet, out, args, kwargs, _Cut(self))
+            if cut is not None:
+                self.cuts[id(out)] = cut
+        return None not in values
 
     def _again(self, tensor: torch.Tensor, value: Value) -> Value:
         """A slice that the program takes twice (`q[i] @ s / (q[i] @ z)`) is one leaf, where nothing

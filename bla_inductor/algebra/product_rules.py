@@ -139,10 +139,13 @@ def mul(V: Lookup, out: torch.Tensor, x: Any, y: Any) -> Result:
         if any(isinstance(f, Delta) for f in one.factors) and not (other.bound or other.constant()):
             return None  # the diagonal of what is not contracted yet: no operand is that
     a, b, axes = broadcast(a, b)
-    term = multiply(a.term, b.term)
-    if term.bound and not apart(term).bound:  # times a sum, of which nothing is contracted yet
-        term = replace(term, depth=0)
-    return Value(term, axes, out.dtype)
+    return Value(multiply(_settled(a.term), _settled(b.term)), axes, out.dtype)
+
+
+def _settled(term: Term) -> Term:
+    """`term` as a factor: a sum that is a tensor of its own is no contraction of the product."""
+    alone = term.bound and not apart(term).bound
+    return replace(term, depth=0, precision=None) if alone else term
 
 
 @rule(aten.div)

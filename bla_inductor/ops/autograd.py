@@ -88,7 +88,7 @@ def _forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return forward_mode.forward(*args, **kwargs)
     if _differentiable(args):
         return _apply(args, kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return linear_attention_forward(*args, **kwargs)
 
 
@@ -99,7 +99,7 @@ def _attention(*args: Any, **kwargs: Any) -> Tensor:
         return forward_mode.forward(*args, **kwargs)[0]
     if _differentiable(args):
         return _apply(args, kwargs)[0]
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return linear_attention(*args, **kwargs)
 
 
@@ -108,7 +108,7 @@ def _backward(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     recomputed from k, v.
     """
     if not _differentiable(args) and not forward_mode.active(args):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return linear_attention_backward(*args, **kwargs)
     call = gradients(*args, **kwargs)
     x = call.inputs

@@ -142,6 +142,12 @@ def narrow_tensors_contracted_in_fp64(q, k, v):
     return q.double() @ (k.double().mT @ v.double())
 
 
+@program(tensors((6, 4), dtype=torch.float32), 1)
+def a_mean_in_fp32_beside_products_in_fp64(q, k, v, x):
+    q = q.double() * x.mean(-2, keepdim=True).double()
+    return q @ (k.double().mT @ v.double())
+
+
 LARGE = torch.tensor([2**24 + 1, 2**24 + 3, 2**24 + 5, -(2**24) - 1, 2**25 + 1, 3])
 
 
@@ -243,6 +249,14 @@ def square() -> list[Tensor]:
     return [torch.randn(2, 4, 4) for _ in range(3)]
 
 
+@program(tensors((2, 6, 4)), 1)
+def made_without_gradients_and_written_with_them(q, k, v, w):
+    with torch.no_grad():
+        out = (q @ (k.mT @ v)).mT.contiguous()
+    out.mul_(w.mT)
+    return out
+
+
 @program(square, 0)
 def transposed_in_place(q, k, v):
     out = q @ (k.mT @ v)
@@ -257,3 +271,8 @@ def transposed_in_place(q, k, v):
 def noise_that_is_cut_off(q, k, v):
     noise = torch.randn(2, 6, 1, dtype=v.dtype)
     return (q @ (k.mT @ torch.cat([v, noise], -1)))[..., :-1] * 2
+
+
+@program(tensors(), 1)
+def dropout_that_is_off(q, k, v):
+    return q @ F.dropout(k.mT @ v, 0.3, training=False) + F.dropout(v, 0.0)

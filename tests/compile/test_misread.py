@@ -32,7 +32,7 @@ def ran(function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Any], 
     wanted = [x for x in inputs if x.requires_grad]
     roots = [x for x in outs if x.requires_grad]
     incoming = [torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view(x.shape) for x in roots]
-    grads = torch.autograd.grad(roots, wanted, incoming) if wanted else ()
+    grads = torch.autograd.grad(roots, wanted, incoming, materialize_grads=True) if wanted else ()
     return [*(x.detach() for x in outs), *after, *grads, drawn], facts
 
 
