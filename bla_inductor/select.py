@@ -16,6 +16,7 @@ from torch import fx
 from bla_inductor.absorb import dead_without
 from bla_inductor.algebra import Guard, Observation, Read, Value
 from bla_inductor.algebra.observation import reads_elements
+from bla_inductor.aliases import owns_memory, shares_memory
 from bla_inductor.call import emit
 from bla_inductor.cost import decide
 from bla_inductor.emit import Emitter, Unemittable
@@ -240,55 +241,13 @@ class _Selector:
         if any(self.seen.position[n] in self.seen.draws for n in gone):
             why = "random numbers that it does not need are drawn inside, and would not be any more"
             return Refusal(FAMILY, why, location, node.name)
-        shared = self.seen.written_at(node) and self._shares_memory(node)
-        if shared or self._parts_results(node):
+        if shares_memory(node, self.seen):
             why = "it is written into memory that other tensors hold; write it out of place"
             return Refusal(FAMILY, why, location, node.name)
-        if self.seen.written(node, self.seen.position[node]) and not self._owns_memory(node):
+        if self.seen.written(node, self.seen.position[node]) and not owns_memory(node, self.seen):
             why = "it is a view of a tensor that is modified in place later; write it out of place"
             return Refusal(FAMILY, why, location, node.name)
         return None
-
-    def _shares_memory(self, node: fx.Node) -> bool:
-        """Whether what is no view of `node` lies where `node` was written to, and outlives it: an
-        input, or what is read later.
-        """
-        tensors, position, at = self.seen.tensors, self.seen.position, self.seen.position[node]
-        return any(
-            n.op in ("placeholder", "get_attr")
-            or (
-                tensors[n] is not tensors[node]
-                and any(position.get(user, at) >= at for user in n.users)
-            )
-            for n in self._beside(node)
-        )
-
-    def _parts_results(self, node: fx.Node) -> bool:
-        """Whether `node`, or a view of it, and another view of its memory are both returned."""
-        (output,) = self.gm.graph.find_nodes(op="output")
-        beside = [n for n in self._beside(node) if output in n.users]
-        return bool(beside) and any(output in n.users for n in self._views(node))
-
-    def _beside(self, node: fx.Node) -> list[fx.Node]:
-        """What lies where `node` does, and is no view of it."""
-        return [n for n in self._there(node) if n not in self._views(node)]
-
-    def _views(self, node: fx.Node) -> set[fx.Node]:
-        """`node` and its views."""
-        found = {node}
-        for other in self._there(node):
-            found |= {other} if found & {*other.all_input_nodes} else set()
-        return found
-
-    def _there(self, node: fx.Node) -> list[fx.Node]:
-        tensors, storage_of = self.seen.tensors, self.seen.storage_of
-        storage = storage_of(tensors[node])
-        return [n for n, tensor in tensors.items() if storage_of(tensor) == storage]
-
-    def _owns_memory(self, node: fx.Node) -> bool:
-        storage = self.seen.storage_of(self.seen.tensors[node])
-        tensors = self.seen.tensors.items()
-        return next(n for n, t in tensors if self.seen.storage_of(t) == storage) is node
 
 
 def _is_product(value: Value) -> bool:
