@@ -63,7 +63,6 @@ def written_in_a_checkpoint(q, k, v, buffer):
     return checkpoint(body, q, use_reentrant=False) @ state
 
 
-@program(tensors((2, 6, 4), grad=False), 0)
 def written_in_a_branch(q, k, v, buffer):
     def yes(x, b):
         b.add_(1)
@@ -76,6 +75,10 @@ def written_in_a_branch(q, k, v, buffer):
     with torch.no_grad():
         state = buffer.relu().mT @ v
         return torch.cond(q.sum() > 0, yes, no, (q, buffer)) @ state
+
+
+if torch.__version__ >= "2.13":  # torch 2.11 has no branches that write
+    program(tensors((2, 6, 4), grad=False), 0)(written_in_a_branch)
 
 
 class RunningVariance(nn.Module):
