@@ -71,7 +71,7 @@ class Piece:
 
     @property
     def coef(self) -> Any:
-        """What number of times the factor the step multiplies by."""
+        """How many times the factor the step multiplies by."""
         return 1 / self.source.coef if self.how == "over" else self.source.coef
 
 

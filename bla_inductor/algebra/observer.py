@@ -218,7 +218,7 @@ class Observer(Memory, TorchDispatchMode):
             else:
                 self.keep(tensor, self._again(tensor, value))
         if packet in LAYOUT and id(args[0]) in self.cuts:
-            (cut,) = self._apply(packet, out, args, kwargs, _Cut(self))
+            cut, *_ = self._apply(packet, out, args, kwargs, _Cut(self))
             if cut is not None:
                 self.cuts[id(out)] = cut
         return None not in values
