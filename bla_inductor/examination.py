@@ -107,7 +107,8 @@ def examine(graphs: Graphs, inputs: Sequence[Any]) -> Verification:
     found = Verification(rows, graphs.report, draws[0].notes)
     if found.breaches:
         by_itself = draws[0].beside(graphs.rewritten.forward, graphs.rewritten)
-        if all(row.ok for row in by_itself):  # so it is what the inner compiler does
+        right = all(row.ok for row in by_itself)  # then it is what the inner compiler does
+        if right and any(row.doubtful for row in found.breaches):
             alone = graphs.compiled_as_written()
             beside = [draw.beside(alone, graphs.original) for draw in draws]
             found.comparisons = beside_compiled(rows, beside, graphs.options.inner)

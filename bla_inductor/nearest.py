@@ -88,7 +88,7 @@ def _made_of(leaf: Leaf, seen: Observation) -> list[Value]:
         return [a for a in leaf.origin.args if isinstance(a, Value)]
     node = leaf.node if leaf.operation not in _NOT_MADE and leaf.parts is None else None
     if node is not None and node.target is operator.getitem:
-        (node,) = node.all_input_nodes
+        node = node.all_input_nodes[0]  # the others are indices
     return [seen.values[n] for n in node.all_input_nodes if n in seen.values] if node else []
 
 

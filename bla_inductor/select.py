@@ -239,7 +239,10 @@ class _Selector:
         reads = [n for n, _ in plan.reads]
         gone = dead_without(node, reads, self.seen)
         if any(self.seen.position[n] in self.seen.draws for n in gone):
-            why = "random numbers that it does not need are drawn inside, and would not be any more"
+            why = (
+                "random numbers that it does not need are drawn inside, and would not be any more; "
+                "draw them before, or not at all"
+            )
             return Refusal(FAMILY, why, location, node.name)
         if shares_memory(node, self.seen):
             why = "it is written into memory that other tensors hold; write it out of place"
