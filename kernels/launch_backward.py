@@ -53,6 +53,7 @@ def backward(
     dq, dk, dv, dq_norm, dk_norm, dweight = grads
     with launching.on(q.device):
         do, q, k, v, q_norm, k_norm = map(aligned, (do, q, k, v, q_norm, k_norm))
+        state, key_sum = state.contiguous(), key_sum.contiguous()  # a graph may keep them otherwise
         if wide and any(has_rows(text) for text in maps):
             _on_mapped_rows(
                 grads, do, (q, k, v, q_norm, k_norm), key_weight, state, key_sum, maps,

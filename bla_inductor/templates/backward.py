@@ -26,7 +26,7 @@ from bla_inductor.templates.forward import Call, bound
 from bla_inductor.templates.key_pass import key_pass, short_backward
 from bla_inductor.templates.operands import Expr, Node, equal, merges, realized
 from bla_inductor.templates.query_pass import query_pass
-from bla_inductor.templates.tiles import in_tiles, over_batch
+from bla_inductor.templates.tiles import dense, in_tiles, over_batch
 from bla_inductor.templates.wanted import NAMES, Wanted
 from bla_inductor.templates.wide_key_pass import key_pass_wide
 
@@ -43,8 +43,8 @@ def backward(x: Gradients, packed: Packed | None = None) -> tuple[Node, ...]:
     read = over_batch(call.query_batch, read, call.key_batch)
     x.inputs.q, x.inputs.q_norm, do = read["q"], read["q_norm"], read["do"]
     assert do is not None
-    state = realized(x.state)
-    key_sum = realized(x.key_sum) if x.inputs.normalized else None
+    state = dense(x.state)
+    key_sum = dense(x.key_sum) if x.inputs.normalized else None
     widest = max(call.D, call.DV, call.DN)
     precision = backward_precision(call.dtype, do.get_dtype(), widest, upcast=x.inputs.upcast)
     capability = heuristics.capability(call.device)

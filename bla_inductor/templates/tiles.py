@@ -17,7 +17,7 @@ from torch._inductor.virtualized import V
 
 from bla_inductor.templates import Unsupported
 from bla_inductor.templates.arguments import hint
-from bla_inductor.templates.operands import Expr, Node, equal, merges
+from bla_inductor.templates.operands import Expr, Node, equal, merges, realized
 
 _ROW = 16  # bytes that the kernels read at a time
 
@@ -52,6 +52,17 @@ def in_tiles(name: str, x: Node) -> Node:
                 return view
         base.layout = flexible
     return _copied(x, first)
+
+
+def dense(x: Node) -> Node:
+    """x in memory without gaps, its dims in their order: itself or a copy. Inductor may have kept
+    it for the backward in an order of its own.
+    """
+    x = realized(x)
+    strides = zip(x.get_stride(), ir.FlexibleLayout.contiguous_strides(x.get_size()), strict=True)
+    if all(equal(size, 1) or equal(*s) for size, s in zip(x.get_size(), strides, strict=True)):
+        return x
+    return _copied(ir.TensorBox(x), None)
 
 
 def over_batch(

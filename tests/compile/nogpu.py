@@ -165,14 +165,16 @@ def code(
     function: Callable[..., Any],
     make: Callable[[Make], Sequence[torch.Tensor]],
     inference: bool = False,
+    kept: int = 0,
     **config_patches: Any,
 ) -> str:
     """The module that Inductor writes for `function` on the fake tensors that `make` makes, without
-    its comments. inference: as it does for a graph that has no backward.
+    its comments. inference: as it does for a graph that has no backward. kept: how many of the
+    results, the last ones, are for the backward alone.
     """
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._guards import TracingContext, tracing
-    from torch._inductor import config
+    from torch._inductor import compile_fx, config
     from torch._inductor.debug import DebugContext
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.post_grad import post_grad_passes
@@ -196,6 +198,9 @@ def code(
                 trace_joint=False,
                 decompositions=select_decomp_table(),
             )
+        compile_fx.record_original_output_strides(gm)
+        output = gm.graph.output_node()
+        output.meta["user_visible_output_idxs"] = list(range(len(output.args[0]) - kept))
         debug = DebugContext()
         with V.set_fake_mode(mode), debug, V.set_debug_handler(debug):
             with mode:

@@ -225,3 +225,52 @@ def test_an_image_for_a_convolution_is_written_channels_last(
     assert re.search(r"tl\.store\(out_ptr\d \+ \(tl\.broadcast_to\(xindex, ", last)
     before = text.partition("extern_kernels.convolution(")[0]
     assert len(re.findall(r"triton_tem_\w+\.run\(", before)) == kernels
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_what_is_kept_between_convolutions_is_what_the_kernels_read(channels: int) -> None:
+    """Not with its heads innermost, which is how "channels last" would have it. The loops are those
+    of the image, of its result, and one that computes k.
+    """
+
+    def function(x, weight, last):
+        y = F.conv2d(x, weight).unflatten(1, (3, H, D)).flatten(4)
+        q, k, v = y.unbind(1)
+        q, k, v = q.mT, k.exp(), v.mT
+        out, *statistics = bla.linear_attention_forward(q, k.mT, v, out_order=[0, 1, 3, 2])
+        return F.conv2d(out.mT.reshape(B, H * D, 64, 64), last), q, k, v, *statistics
+
+    shapes = (B, channels, 64, 64), (3 * H * D, channels, 1, 1), (channels, H * D, 1, 1)
+    text = code(function, *shapes, kept=5)
+    assert loops_and_templates(text) == (3, 3)
+    assert written(text, (B, H, D, D)) == [(H * D * D, D * D, D, 1)]
+    C, N = H * D, 64 * 64
+    assert written(text, (B, H, D, N)) == [(C * N, D, 1, C)]  # k
+    q_and_v = re.findall(rf"\({B}, {H}, {N}, {D}\), \(([\d, ]+)\), (\d+)\)", text)
+    assert q_and_v == [(f"{3 * C * N}, {D}, {3 * C}, 1", offset) for offset in ("0", f"{2 * C}")]
+
+
+def test_what_is_kept_where_convolutions_read_channels_first() -> None:
+    """The copies that the kernels read, so that the backward makes none."""
+
+    def function(x, weight):
+        y = F.conv2d(x, weight).unflatten(1, (3, H, D)).flatten(4)
+        q, k, v = (t.mT for t in y.unbind(1))
+        return *bla.linear_attention_forward(q, k, v), q, k, v
+
+    text = code(function, (B, 64, 64, 64), (3 * H * D, 64, 1, 1), kept=5, layout_optimization=False)
+    assert loops_and_templates(text) == (3, 3)
+    assert written(text, heads(64 * 64)) == [(4096 * H * D, 4096 * D, D, 1)] * 4
+
+
+def test_results_of_the_user_stay_as_they_are() -> None:
+    """Also where they are kept."""
+
+    def function(x, weight):
+        y = F.conv2d(x, weight).unflatten(1, (3, H, D)).flatten(4)
+        q, k, v = (t.mT for t in y.unbind(1))
+        q = q + 1
+        return q, *bla.linear_attention_forward(q, k, v), q
+
+    text = code(function, (B, 64, 64, 64), (3 * H * D, 64, 1, 1), kept=4)
+    assert (4096 * H * D, 4096 * D, 1, 4096) in written(text, heads(64 * 64))

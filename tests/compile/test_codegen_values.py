@@ -107,6 +107,27 @@ class Viewed(Case):
         return [x.contiguous() for x in results]
 
 
+class KeptOtherwise(Case):
+    """A backward whose statistics Inductor has kept with their heads innermost."""
+
+    def __init__(self, shapes):
+        super().__init__(shapes, formula(normalizer="clamp", eps=3.0))
+        *batch, _, D = self.shapes[0]
+        self.shapes += [swapped(*batch, D, D), swapped(*batch, D)]
+
+    def function(self, *tensors):
+        q, k, v, do, state, key_sum = tensors
+        kept = (state.transpose(1, -1), key_sum.transpose(1, -1))
+        inputs, needs = (q, k, v, None, None, None), [True] * 3 + [False] * 3
+        grads = bla.linear_attention_backward(do, *inputs, *kept, **self.keywords, needs=needs)
+        return list(grads[:3])
+
+
+def swapped(*sizes: int) -> tuple[int, ...]:
+    """With dim 1 last."""
+    return sizes[0], sizes[-1], *sizes[2:-1], sizes[1]
+
+
 class Image(Case):
     """The result as an image (B, C, 4, N / 4), which a convolution reads, in inference."""
 
@@ -168,6 +189,9 @@ CASES = {
     "three strides": Viewed((3, 20, 2, 4, 16), windows),
     "three strides, by splits": Viewed((3, 300, 2, 2, 16), windows),
     "channels first, repeated": Viewed((2, 16, 40), repeated),
+    "statistics kept otherwise": KeptOtherwise(same(40, 2, 3)),
+    "statistics kept otherwise, by passes": KeptOtherwise(same(300, 2, 3)),
+    "statistics kept otherwise, three batch dims": KeptOtherwise(same(40, 2, 2, 3)),
     "image": Image(same(40, 2, 3)),
     "image, by splits": Image(same(300, 2, 3)),
     "softmax features": Case(same(40, 2, 3), {"q_map": "softmax", "k_map": "softmax"}),

@@ -1,5 +1,5 @@
-"""Attention between 1 × 1 convolutions, on a GPU: images of channels before pixels, which kernels
-cannot read where they are. Kernels that could were right in Triton's interpreter, and wrong here.
+"""Attention between 1 × 1 convolutions, on a GPU: images, which Inductor lays out with their
+channels last, and with them every 4-D tensor between, also what is kept for the backward.
 """
 
 from __future__ import annotations

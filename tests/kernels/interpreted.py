@@ -76,6 +76,22 @@ def test_masked_keys_are_not_read():
         assert torch.equal(grad, expected[name])
 
 
+@pytest.mark.parametrize("n", [40, 300])
+def test_a_state_of_any_strides(n):
+    """A graph may have kept it for the backward as it liked."""
+    (q, k, v), do = inputs(n, 50, 24, 16, fp32, signed, h=3)
+    tensors, numbers = (q, k, v, None, None, None), (("",) * 4, "add", 0.7, 0.3, 0.125)
+    out = torch.empty_like(do)
+    kept = kernels.forward(out, *tensors, key_batch(k, v, None, None), *numbers)
+    results = []
+    for state, key_sum in (kept, [x.mT.contiguous().mT for x in kept]):
+        grads = [torch.empty_like(t) for t in (q, k, v)]
+        kernels.backward([*grads, *[None] * 3], do, *tensors, state, key_sum, *numbers)
+        results.append(grads)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_one_launch_gives_what_several_give(parts, monkeypatch):
     for name in ("short_forward_parts", "short_backward_parts"):

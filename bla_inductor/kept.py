@@ -1,0 +1,104 @@
+"""The layout of what a forward keeps for its backward.
+
+Inductor gives 4-D tensors that lead to a convolution the layout that convolutions like, "channels
+last". It stops at `bmm`, but not at an operator it does not know: of (batch, heads, tokens,
+features) heads would become innermost, and q, k, v and the state be copied to be kept, and copied
+again to be read. So they are given the layout in which the kernels read them, in the same place
+where Inductor notes the strides of the results that the user sees.
+
+Where features are outside of tokens (images, channels first), the kernels read a copy in both
+directions: what is kept is that copy. Static sizes only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bla_inductor.failures import warn_once
+from bla_inductor.ops.schema import linear_attention_forward
+from bla_inductor.slices import permutation, value
+
+__all__ = ["keep_layouts"]
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_VISIBLE, _STRIDES = "user_visible_output_idxs", "original_output_strides"
+
+
+def keep_layouts(graph: fx.Graph, device_type: str = "cuda") -> int:
+    """Settle the strides of results of `graph` that our operators read or write; how many."""
+    operators = graph.find_nodes(op="call_function", target=linear_attention_forward)
+    operators = [n for n in operators if value(n.args[0]).device.type == device_type]
+    output = graph.output_node()
+    if not operators or not {_VISIBLE, _STRIDES} <= output.meta.keys():
+        return 0
+    try:
+        last = _lays_channels_last(graph)
+        wanted = {n: s for o in operators for n, s in _wanted(o, last)}
+    except Exception as error:
+        warn_once(log, "Inductor chooses the layout of what is kept for the backward", error)
+        return 0
+    results: Any = output.args[0]
+    visible, strides = list(output.meta[_VISIBLE]), list(output.meta[_STRIDES])
+    shown = {results[i] for i in visible}
+    settled = [i for i, n in enumerate(results) if n in wanted and n not in shown]
+    for i in settled:
+        strides[i] = wanted[results[i]]
+    output.meta |= {_VISIBLE: visible + settled, _STRIDES: strides}
+    return len(settled)
+
+
+def _lays_channels_last(graph: fx.Graph) -> bool:
+    from torch._inductor.graph import GraphLowering
+
+    module = graph.owning_module
+    return module is not None and GraphLowering.decide_layout_opt(module, is_inference=False)
+
+
+def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, tuple[int, ...]]]:
+    """The operator's tensors, and what they are permutations of, each with its strides."""
+    results = [user for user in operator.users if user.target is getitem]
+    for x in [*results, *operator.args[:5]]:
+        if not isinstance(x, fx.Node) or not _is_static(x) or 0 in value(x).stride():
+            continue
+        order = _order(x, channels_last)
+        while True:
+            t = value(x)
+            yield x, t.stride() if order == _own_order(t) else _strides(t.shape, order)
+            if x.target is not aten.permute.default:
+                break
+            order = [permutation(x)[d] for d in order]
+            x = x.all_input_nodes[0]
+
+
+def _is_static(x: fx.Node) -> bool:
+    return all(isinstance(s, int) for s in (*value(x).shape, *value(x).stride()))
+
+
+def _order(x: fx.Node, channels_last: bool) -> list[int]:
+    """The dims of an operand or result, outermost first, features last."""
+    t = value(x)
+    features = t.dim() - 1
+    if channels_last and t.dim() == 4 and t.stride(features) != 1:
+        return [0, 2, 1, features]  # a convolution's result is then one of tokens by channels
+    return [*(d for d in _own_order(t) if d != features), features]
+
+
+def _own_order(t: Tensor) -> list[int]:
+    strides = t.stride()
+    return sorted(range(t.dim()), key=lambda d: -strides[d])
+
+
+def _strides(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Those of dense memory with its dims in `order`, outermost first."""
+    strides, reach = [0] * len(sizes), 1
+    for d in reversed(order):
+        strides[d], reach = reach, reach * sizes[d]
+    return tuple(strides)
