@@ -25,7 +25,7 @@ def problem(plan: Plan, seen: Observation) -> Problem:
 
     c, d = size(plan.gathered.k.columns), size(plan.d)
     passed = plan.distinct()
-    apart = [name for name, o in plan.operands.items() if not _beside(o, seen)]
+    apart = [name for name, o in passed.items() if not _beside(o, seen)]
     device = seen.tensors[plan.root].device.type
     narrow = plan.compute_dtype == torch.bfloat16 and not plan.upcast
     return Problem(
@@ -44,7 +44,7 @@ def problem(plan: Plan, seen: Observation) -> Problem:
         gradients=is_differentiated(plan.root),
         upcast=plan.upcast,
         copied=len(apart),
-        inputs_copied=sum(n in passed and _is_given(passed[n], seen) for n in apart),
+        inputs_copied=sum(_is_given(passed[name], seen) for name in apart),
         float32=torch.get_float32_matmul_precision() if plan.compute_dtype == torch.float32 else "",
     )
 

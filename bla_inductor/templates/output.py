@@ -112,9 +112,10 @@ _TILES = """
 def _written_tiles(result: Result, operands: Operands, whole: bool) -> str:
     """whole: every row and column of every tile is one of the result."""
     indices, names = result.indices(operands)
-    mask = "None" if whole else '"out_mask"'
+    # Given no mask, Inductor takes that of its own loops, where it cannot prove that it needs none.
+    mask = "None" if whole else "out_mask"
     store = (
-        f'{{{{store_output(({names},), "out", {mask}, indent_width=8, '
+        f'{{{{store_output(({names},), "out", "{mask}", indent_width=8, '
         'val_shape=("BLOCK_N", "BLOCK_V"))}}'
     )
     return _TILES.format(
