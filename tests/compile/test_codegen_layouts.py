@@ -250,6 +250,21 @@ def test_what_is_kept_between_convolutions_is_what_the_kernels_read(channels: in
     assert q_and_v == [(f"{3 * C * N}, {D}, {3 * C}, 1", offset) for offset in ("0", f"{2 * C}")]
 
 
+def test_the_state_that_is_kept_before_a_convolution_is_contiguous() -> None:
+    """As in SANA, whose feed-forward has convolutions; q, k and v are parts of the projection."""
+
+    def function(x, weight, image):
+        q, k, v = (x @ weight).unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind(0)
+        out, *statistics = bla.linear_attention_forward(q, k, v, **FORMULA, out_order=TOKENS_LAST)
+        out = out.transpose(1, 2).flatten(2).mT.unflatten(2, (64, 64))
+        return F.conv2d(out, image), q, k, v, *statistics
+
+    shapes = (B, 64 * 64, H * D), (H * D, 3 * H * D), (H * D, H * D, 1, 1)
+    text = code(function, *shapes, kept=5)
+    assert written(text, (B, H, D, D)) == [(H * D * D, D * D, D, 1)]
+    assert written(text, heads(64 * 64)) == []
+
+
 def test_what_is_kept_where_convolutions_read_channels_first() -> None:
     """The copies that the kernels read, so that the backward makes none."""
 

@@ -147,6 +147,20 @@ def test_loftr_takes_two_images() -> None:
     assert [tuple(x.shape) for x in model(*images)] == [(2, 20, 16)] * 2
 
 
+def test_a_single_wrong_gradient_is_seen() -> None:
+    """Of the queries' projection, say, a thousandth of all."""
+    outputs, large, small = [torch.ones(4), torch.ones(4)], torch.ones(1000), torch.full((9,), 0.01)
+
+    def results(small: torch.Tensor) -> list[torch.Tensor]:
+        return [*outputs, torch.cat([large, small]), large, small]
+
+    exact, rounded, wrong = results(small), results(small * 1.01), results(small.flip(0) * -1)
+    assert models._worst(rounded, [rounded], exact, torch.bfloat16) <= 1
+    assert models._worst(wrong[:3], [rounded[:3]], exact[:3], torch.bfloat16) <= 1
+    assert models._worst(wrong, [rounded], exact, torch.bfloat16) > 1
+    assert models._worst(wrong, [rounded, rounded], exact, torch.bfloat16) > 1
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.01])
 def test_inference_is_checked_apart_from_training(tmp_path, monkeypatch, factor, capsys) -> None:
     """With batch norms it is another function, and training steps move what it depends on."""
