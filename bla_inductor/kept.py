@@ -7,7 +7,8 @@ again to be read. So they are given the layout in which the kernels read them, i
 where Inductor notes the strides of the results that the user sees.
 
 Where features are outside of tokens (images, channels first), the kernels read a copy in both
-directions: what is kept is that copy. Static sizes only.
+directions: what is kept is that copy, but for the graph's inputs, which stay alive anyway. Static
+sizes only.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from torch import Tensor, fx
 
 from bla_inductor.failures import warn_once
 from bla_inductor.ops.schema import linear_attention_forward
-from bla_inductor.slices import permutation, value
+from bla_inductor.slices import VIEWS, permutation, value
 
 __all__ = ["keep_layouts"]
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
+_OTHER_VIEWS = (
+    aten.permute.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+)
 _VISIBLE, _STRIDES = "user_visible_output_idxs", "original_output_strides"
 
 
@@ -68,7 +76,7 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
     for x in [*results, *operator.args[:5]]:
         if not isinstance(x, fx.Node) or not _is_static(x) or 0 in value(x).stride():
             continue
-        order = _order(x, channels_last)
+        order = _own_order(value(x)) if _is_given(x) else _order(x, channels_last)
         while True:
             t = value(x)
             yield x, t.stride() if order == _own_order(t) else _strides(t.shape, order)
@@ -80,6 +88,13 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
 
 def _is_static(x: fx.Node) -> bool:
     return all(isinstance(s, int) for s in (*value(x).shape, *value(x).stride()))
+
+
+def _is_given(x: fx.Node) -> bool:
+    """Whether x is a view of an input of the graph."""
+    while x.target in (*VIEWS, *_OTHER_VIEWS):
+        x = x.all_input_nodes[0]
+    return x.op == "placeholder"
 
 
 def _order(x: fx.Node, channels_last: bool) -> list[int]:
