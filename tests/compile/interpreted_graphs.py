@@ -4,7 +4,7 @@
 imported: each FILE holds {"code", "inputs", "expected", "kept"}, and the module's results must be
 the expected ones to fp16 accuracy, with their strides but for the last `kept`. Buffers start as
 NaN, so that an element nobody wrote is seen. No bf16 (its products are garbage in the interpreter),
-and no libdevice.
+and of libdevice what the interpreter can do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,25 @@ class _Decorators:
         return lambda *args, **kwargs: lambda function: function
 
 
+class _Libdevice:
+    """The functions of CUDA's library that the interpreter can do."""
+
+    def __getattr__(self, name: str) -> Any:
+        import triton.language as tl
+
+        known = {
+            "abs": tl.abs,
+            "exp": tl.exp,
+            "expm1": lambda x: tl.exp(x) - 1,
+            "log1p": lambda x: tl.log(1 + x),
+            "pow": lambda x, y: tl.exp(y * tl.log(x)),
+            "rsqrt": lambda x: 1 / tl.sqrt(x),
+            "sqrt": tl.sqrt,
+            "tanh": lambda x: 2 * tl.sigmoid(2 * x) - 1,
+        }
+        return known[name]
+
+
 class _Kernel:
     """A kernel's source with the `run` that the generated module calls."""
 
@@ -41,7 +60,8 @@ class _Kernel:
         linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
         scope = {"__name__": file, "__file__": file, "__decorators__": _Decorators()}
         exec(compile(source, file, "exec"), scope)
-        self.function = scope[name]
+        scope["libdevice"] = _Libdevice()
+        self.function: Any = scope[name]
         self.names = list(inspect.signature(self.function.fn).parameters)
 
     def run(self, *args: Any, stream: int) -> None:
