@@ -1,4 +1,4 @@
-"""A CUDA device for a torch without CUDA, as far as tracing asks for one.
+"""A CUDA device for a torch that was built without CUDA, as far as tracing asks for one.
 
 `imagine()` comes before torch is imported. Autograd guards the device of its inputs and asks its
 hooks whether there is one: both are registered here, by a library that g++ makes once.
