@@ -33,6 +33,6 @@ def load_tile(tiles, row, column, rn, cols, sn, sd, mask, TMA: tl.constexpr):
     `cols` from the pointer on, where `mask` is true.
     """
     if TMA:
-        return tiles.load([row, column])
+        return tiles.load([tl.cast(row, tl.int32), tl.cast(column, tl.int32)])
     else:
         return tl.load(tiles + rn[:, None] * sn + cols[None, :] * sd, mask=mask, other=0.0)

@@ -124,7 +124,9 @@ def _gradient(
         order = list(_order(x, i) or range(len(sizes)))
         memory = ir.FlexibleLayout.contiguous_strides([sizes[d] for d in order])
         strides = [memory[order.index(d)] for d in range(len(sizes))]
-        if not merges(batch, beside, [(sizes, strides)]):
+        # The queries' pass has dense states beside it, of the keys' batch.
+        states = call.key_batch, ir.FlexibleLayout.contiguous_strides(call.key_batch)
+        if not merges(batch, beside, [(sizes, strides), states]):
             strides = ir.FlexibleLayout.contiguous_strides(sizes)
         result = inductor.empty_strided(
             list(sizes), strides, dtype=t.get_dtype(), device=call.device

@@ -99,7 +99,8 @@ class Operands:
         value = sympy.sympify(value)
         symbols = sorted(value.free_symbols, key=str)
         if not symbols:
-            return repr(int(value) if value.is_integer else float(value))
+            text = repr(int(value) if value.is_integer else float(value))
+            return text if value.is_finite else f'float("{text}")'
         names = sympy.symbols(f"size_:{len(symbols)}_", integer=True, positive=True)
         text = texpr(value.xreplace(dict(zip(symbols, names, strict=True))))
         for symbol, name in zip(symbols, names, strict=True):

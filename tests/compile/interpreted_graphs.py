@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-_BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 64}
+_BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "ZBLOCK": 4, "R0_BLOCK": 64}
 _numbers = itertools.count()
 
 

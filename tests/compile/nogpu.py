@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -69,7 +70,7 @@ def _answers(value: Any) -> Callable[..., Any]:
 def _format_of_cudnn(x: torch.Tensor, weight: torch.Tensor, _: Any) -> torch.memory_format:
     """That of a convolution's result: channels last where one of its operands is."""
     last = torch.channels_last
-    if any(not t.is_contiguous() and t.is_contiguous(memory_format=last) for t in (x, weight)):
+    if any(suggest_memory_format(t) == last for t in (x, weight)):
         return last
     return torch.contiguous_format
 

@@ -281,3 +281,22 @@ def test_the_kernels_compile_for_sm_90(dtype: torch.dtype) -> None:
         assert ".local" not in ptx
         # Rows travel to L2 while the program waits.
         assert ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
+
+
+def test_tiles_by_descriptors_of_tensors_beyond_two_to_the_31() -> None:
+    """Inductor counts in 64 bits there; a descriptor's places are of 32."""
+    shape = (2, 64, 2**31 // (128 * D) + 256, D)
+    text = code(gradients, *[shape] * 4)
+    wide = "INDEX_DTYPE : tl.constexpr = tl.int64"
+    found = {n: s for n, s in nogpu.kernels(text).items() if wide in s and "TMA=True" in s}
+    assert found
+    for name, source in found.items():
+        nogpu.assembled(name, source)
+
+
+def test_a_bound_that_is_infinite() -> None:
+    def function(q, k, v):
+        return bla.linear_attention(q, k, v, normalizer="clamp", eps=float("-inf"))
+
+    for name, source in nogpu.kernels(code(function, *[(2, SHORT, D)] * 3)).items():
+        nogpu.assembled(name, source)

@@ -98,15 +98,18 @@ class ConvolutionsAfter(Tokens):
 
 
 class Crossed(nn.Module):
-    """Four heads of queries on x (B, N, C), one of keys and values on y (B, M, C)."""
+    """Four heads of queries on x (B, N, C), `groups` of keys and values on y (B, M, C)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, groups: int) -> None:
         super().__init__()
-        self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, dim // 2)
+        self.groups, self.q = groups, nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, dim // 2 * groups)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         q = phi(self.q(x)).unflatten(-1, (4, -1)).transpose(1, 2)
-        k, v = self.kv(y).unsqueeze(1).chunk(2, -1)
+        k, v = self.kv(y).unflatten(-1, (2, self.groups, -1)).permute(2, 0, 3, 1, 4)
+        if self.groups > 1:
+            k, v = (t.repeat_interleave(4 // self.groups, 1) for t in (k, v))
         return attention(q, phi(k), v).transpose(1, 2).flatten(2)
 
 
@@ -139,7 +142,8 @@ PROGRAMS: dict[str, Program] = {
     "rotated": Program(_of(Rotated, 32, 2), ((2, 40, 32),)),
     "weighted": Program(_of(Weighted, 32, 2), ((2, 64, 32), (2, 64))),
     "convolutions after": Program(_of(ConvolutionsAfter, 96, 3), ((2, 64, 96),)),
-    "crossed": Program(_of(Crossed, 64), ((2, 40, 64), (2, 70, 64))),
+    "crossed": Program(_of(Crossed, 64, 1), ((2, 40, 64), (2, 70, 64))),
+    "crossed, in groups": Program(_of(Crossed, 64, 2), ((2, 40, 64), (2, 70, 64))),
     "between": Program(_of(Between, 32, 2, 16, False), ((2, 32, 8, 8),)),
     "between, channels last": Program(_of(Between, 96, 3, 32, True), ((2, 96, 8, 8),)),
 }
