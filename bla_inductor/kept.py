@@ -44,8 +44,10 @@ def keep_layouts(graph: fx.Graph, device_type: str = "cuda") -> int:
     """Settle the strides of results of `graph` that our operators read or write; how many."""
     operators = graph.find_nodes(op="call_function", target=linear_attention_forward)
     operators = [n for n in operators if value(n.args[0]).device.type == device_type]
+    if not operators:
+        return 0
     output = graph.output_node()
-    if not operators or not {_VISIBLE, _STRIDES} <= output.meta.keys():
+    if not {_VISIBLE, _STRIDES} <= output.meta.keys():
         return 0
     try:
         last = _lays_channels_last(graph)
