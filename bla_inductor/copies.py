@@ -23,7 +23,15 @@ from bla_inductor.failures import warn_once
 from bla_inductor.ops.layout import readable
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
-from bla_inductor.slices import VIEWS, Inexpressible, moved, to_contiguous, value
+from bla_inductor.slices import (
+    VIEWS,
+    Inexpressible,
+    descendants,
+    is_static,
+    moved,
+    to_contiguous,
+    value,
+)
 from bla_inductor.undo import Snapshot
 
 __all__ = ["remove_copies"]
@@ -44,7 +52,7 @@ def remove_copies(graph: fx.Graph, device_type: str = "cuda") -> int:
     before = Snapshot(graph)
     try:
         removed = sum(_read_what_was_copied(node) for node in operators)
-        after = _descendants(operators)
+        after = descendants(operators)
         cats = graph.find_nodes(op="call_function", target=aten.cat.default)
         removed += sum(_join_in_place(node) for node in cats if node in after)
         if removed:
@@ -55,18 +63,6 @@ def remove_copies(graph: fx.Graph, device_type: str = "cuda") -> int:
         before.restore()
         warn_once(log, "copies around the backward stay", error)
         return 0
-
-
-def _descendants(nodes: list[fx.Node]) -> set[fx.Node]:
-    found = set(nodes)
-    for node in nodes[0].graph.nodes:
-        if any(x in found for x in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _is_static(*nodes: fx.Node) -> bool:
-    return all(isinstance(s, int) for n in nodes for s in (*value(n).shape, *value(n).stride()))
 
 
 def _read_what_was_copied(operator: fx.Node) -> int:
@@ -88,7 +84,7 @@ def _copied(node: fx.Node) -> fx.Node | None:
     source: Any = copy.args[0]
     # Views of a tensor that lead back to its own shape leave every element where it was.
     same = value(source).shape == value(node).shape and value(source).dtype == value(node).dtype
-    return source if same and _is_static(source, node) else None
+    return source if same and is_static(source, node) else None
 
 
 def _join_in_place(cat: fx.Node) -> int:
@@ -96,7 +92,7 @@ def _join_in_place(cat: fx.Node) -> int:
     views, end = to_contiguous(cat)
     arguments: Any = cat.args
     tensors, dim = arguments[0], arguments[1] if len(arguments) > 1 else 0
-    if end is cat or not _is_static(end, *tensors):
+    if end is cat or not is_static(end, *tensors):
         return 0
     dim %= value(cat).dim()
     try:

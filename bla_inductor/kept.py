@@ -73,7 +73,9 @@ def _lays_channels_last(graph: fx.Graph) -> bool:
 
 
 def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, tuple[int, ...]]]:
-    """The operator's tensors, and what they are permutations of, each with its strides."""
+    """The operator's tensors, and what they are permutations and copies of (the backward of a
+    softmax reads its result beside the gradient), each with its strides.
+    """
     results = [user for user in operator.users if user.target is getitem]
     for x in [*results, *operator.args[:5]]:
         if not isinstance(x, fx.Node) or not _is_static(x) or 0 in value(x).stride():
@@ -82,9 +84,10 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
         while True:
             t = value(x)
             yield x, t.stride() if order == _own_order(t) else _strides(t.shape, order)
-            if x.target is not aten.permute.default:
+            if x.target is aten.permute.default:
+                order = [permutation(x)[d] for d in order]
+            elif x.target is not aten.clone.default or _is_given(x.all_input_nodes[0]):
                 break
-            order = [permutation(x)[d] for d in order]
             x = x.all_input_nodes[0]
 
 

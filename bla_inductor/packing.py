@@ -107,7 +107,7 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
 def _part(number: int, gradient: fx.Node) -> _Part | None:
     views: list[fx.Node] = []
     node = gradient
-    while (user := only_user(node)) is not None and user.target in _LAYOUT:
+    while (user := only_user(node)) is not None and _moves_nothing(user):
         views.append(user)
         node = user
     if user is None:
@@ -123,6 +123,13 @@ def _part(number: int, gradient: fx.Node) -> _Part | None:
     if user.target in _SCATTERS and _args(user)[1] is node and _is_zero(_args(user)[0]):
         return _scattered(number, gradient, views, user)
     return None
+
+
+def _moves_nothing(node: fx.Node) -> bool:
+    """A view, or a copy of a whole tensor, which what is written elsewhere does not need."""
+    return node.target in _LAYOUT or (
+        node.target is aten.clone.default and value(node).is_contiguous()
+    )
 
 
 def _scattered(number: int, gradient: fx.Node, views: list[fx.Node], user: fx.Node) -> _Part | None:
@@ -243,6 +250,8 @@ def _place(part: _Part, top: fx.Node, after: Sequence[fx.Node], end: fx.Node) ->
 
 def _undone(view: fx.Node, x: Tensor, shape: Sequence[int]) -> Tensor:
     """The input of `view`, of `shape`, as a view of its result x. RuntimeError if it is none."""
+    if view.target is aten.clone.default:
+        return x
     if view.target is aten.permute.default:
         order = permutation(view)
         return x.permute([order.index(d) for d in range(x.dim())])

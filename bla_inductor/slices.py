@@ -14,6 +14,8 @@ __all__ = [
     "VIEWS",
     "Inexpressible",
     "Slice",
+    "descendants",
+    "is_static",
     "moved",
     "only_user",
     "permutation",
@@ -44,6 +46,18 @@ def value(node: Any) -> Tensor:
     fake = node.meta["val"]
     assert isinstance(fake, Tensor)
     return fake
+
+
+def is_static(*nodes: fx.Node) -> bool:
+    return all(isinstance(s, int) for n in nodes for s in (*value(n).shape, *value(n).stride()))
+
+
+def descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found = set(nodes)
+    for node in nodes[0].graph.nodes:
+        if any(x in found for x in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def permutation(view: fx.Node) -> list[int]:

@@ -4,7 +4,7 @@ FxGraphCache and AOTAutogradCache hash the graph and Inductor's configuration, b
 lowerings nor the backward of an operator defined elsewhere: after an upgrade of bla, a second
 process would be served code of the old one. They do hash the `uuid()` of custom passes. So our pass
 carries a hash of bla's sources and of the options; what it does to the graph is in `powers.py`,
-`packing.py`, `copies.py` and `kept.py`.
+`images.py`, `packing.py`, `copies.py` and `kept.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.fx import Graph
 from bla_inductor.compat import inference_aware_pass
 from bla_inductor.copies import remove_copies
 from bla_inductor.failures import warn_once
+from bla_inductor.images import lay_channels_last
 from bla_inductor.kept import keep_layouts
 from bla_inductor.options import Options
 from bla_inductor.packing import pack_gradients
@@ -52,6 +53,7 @@ class CacheStamp(_Pass):
 
     def __call__(self, graph: Graph, is_inference: bool = False) -> None:
         powers_by_logarithm(graph)
+        lay_channels_last(graph)
         pack_gradients(graph)
         remove_copies(graph)
         keep_layouts(graph)
