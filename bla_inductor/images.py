@@ -10,6 +10,7 @@ spare: the kernels, or the `cat`, write them there. Static sizes only.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import fx
@@ -55,7 +56,8 @@ def lay_channels_last(graph: fx.Graph, device_type: str = "cuda") -> int:
 def _is_last(reader: fx.Node) -> bool:
     """Whether a convolution's backward reads images channels last, and a gradient that is not."""
     gradient, image = reader.args[0], reader.args[1]
-    assert isinstance(gradient, fx.Node) and isinstance(image, fx.Node)
+    assert isinstance(gradient, fx.Node)
+    assert isinstance(image, fx.Node)
     if value(image).dim() != 4 or not is_static(gradient, image):
         return False
     last = torch.channels_last
@@ -63,12 +65,12 @@ def _is_last(reader: fx.Node) -> bool:
 
 
 def _lay(graph: fx.Graph, gradient: fx.Node) -> None:
-    readers = list(gradient.users)
+    readers = [n for n in gradient.users if n.op != "output"]  # whose strides users see
     with graph.inserting_after(gradient):
         moved = graph.call_function(aten.permute.default, (gradient, _LAST))
     with graph.inserting_after(moved):
-        kwargs = {"memory_format": torch.contiguous_format}
-        laid = graph.call_function(aten.clone.default, (moved,), kwargs)
+        form: dict[str, Any] = {"memory_format": torch.contiguous_format}
+        laid = graph.call_function(aten.clone.default, (moved,), form)
     with graph.inserting_after(laid):
         back = graph.call_function(aten.permute.default, (laid, _FIRST))
     image = value(gradient).permute(_LAST)

@@ -10,10 +10,9 @@ from bla_inductor import compat
 from bla_inductor.absorb import dead_without, inside
 from bla_inductor.algebra import Index, Observation, Read, Term, Value, product
 from bla_inductor.algebra.regions import is_differentiated
+from bla_inductor.apart import beside, laid_channels_last, written_apart
 from bla_inductor.cost import Problem
-from bla_inductor.operands import Operand
 from bla_inductor.ops.feature_map import has_rows
-from bla_inductor.ops.layout import known
 from bla_inductor.plan import Plan
 
 __all__ = ["problem"]
@@ -25,7 +24,11 @@ def problem(plan: Plan, seen: Observation) -> Problem:
 
     c, d = size(plan.gathered.k.columns), size(plan.d)
     passed = plan.distinct()
-    apart = [name for name, o in passed.items() if not _beside(o, seen)]
+    apart = [o for o in passed.values() if not beside(o, seen)]
+    gradients = is_differentiated(plan.root)
+    last = laid_channels_last(plan.root.graph, seen)
+    # Inference asks for channels last by other rules; where it does not, copies still paid.
+    copied = [o for o in apart if written_apart(o, seen, last or not gradients)]
     device = seen.tensors[plan.root].device.type
     narrow = plan.compute_dtype == torch.bfloat16 and not plan.upcast
     return Problem(
@@ -41,10 +44,12 @@ def problem(plan: Plan, seen: Observation) -> Problem:
         device=device,
         bfloat16_products=device == "cpu" and narrow and compat.cpu_multiplies_bfloat16(),
         itemsize=plan.compute_dtype.itemsize,
-        gradients=is_differentiated(plan.root),
+        gradients=gradients,
         upcast=plan.upcast,
-        copied=len(apart),
-        inputs_copied=sum(_is_given(passed[name], seen) for name in apart),
+        apart=len(apart),
+        copied=len(copied),
+        mapped=sum(o.map is not None for o in copied),
+        channels_last=last,
         float32=torch.get_float32_matmul_precision() if plan.compute_dtype == torch.float32 else "",
     )
 
@@ -103,22 +108,3 @@ def _sums_keys(plan: Plan, term: Term) -> bool:
     places = [at for at, axis in enumerate(k.axes) if rows & set(axis)]
     reads = [f for f in term.factors if isinstance(f, Read) and f.leaf is k.leaf]
     return bool({i for f in reads for at in places for i in f.axes[at]} & set(term.bound))
-
-
-def _beside(operand: Operand, seen: Observation) -> bool:
-    """Whether the channels of an operand are beside each other in memory, or will be."""
-    if operand.source is None:
-        return True
-    strides = seen.tensors[operand.source.node].stride()
-    axes = zip(operand.source.axes, strides, strict=True)
-    return any(operand.columns[-1:] == axis[-1:] and known(s == 1) for axis, s in axes)
-
-
-def _is_given(operand: Operand, seen: Observation) -> bool:
-    """Whether an operand is a view of an input of the graph: no loop of Inductor's computes it."""
-    if operand.source is None:
-        return False
-    node = operand.source.node
-    memory = seen.storage_of(seen.tensors[node])
-    given = (n for n in node.graph.nodes if n.op in ("placeholder", "get_attr"))
-    return any(seen.storage_of(seen.tensors[n]) == memory for n in given if n in seen.tensors)

@@ -76,6 +76,15 @@ def after_gelu(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return of_image(graph, y)
 
 
+def copied(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """Of a softmax over the tokens, which its backward reads."""
+    y = graph.call_function(aten._softmax.default, (x, -1, False))
+    y.meta["val"] = x.meta["val"]
+    view = graph.call_function(aten.permute.default, (y, [0, 1, 3, 2]))
+    view.meta["val"] = x.meta["val"].permute(0, 1, 3, 2)
+    return graph.call_function(aten.clone.default, (view,))
+
+
 def tokens_first(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return graph.call_function(aten.permute.default, (x, [0, 2, 1, 3]))
 
@@ -92,6 +101,18 @@ def test_an_image_is_kept_as_the_copy_that_is_read(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(kept, "_lays_channels_last", lambda _, last=last: last)
         made = Kept((B, C, N), after_gelu, heads_of_image)
         assert made.settled() == (strides, STATE)
+
+
+def test_what_was_copied_is_kept_as_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward of a softmax reads it beside the gradient of the copy."""
+    monkeypatch.setattr(kept, "_lays_channels_last", lambda _: True)
+    made = Kept((B, H, D, N), copied, lambda x: torch.empty(B, H, N, D, device=x.device))
+    source = made.k.args[0].args[0]
+    output = made.output
+    output.args = ((*output.args[0], source),)
+    output.meta["original_output_strides"].append(source.meta["val"].stride())
+    assert kept.keep_layouts(made.graph) == 3
+    assert output.meta["original_output_strides"][-1] == (C * N, D * N, 1, D)
 
 
 def test_an_input_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,111 @@
+"""Channels apart in memory: whether the rewrite pays, by who writes q, k and v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bla_inductor.options import Options
+from bla_inductor.rewrite import rewrite
+from tests.compile import nogpu
+from tests.compile.test_absorb import WithValues
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="imagines a GPU")
+
+B, C, SIDE, D = 2, 128, 32, 32
+
+
+def by_convolution(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+    return F.conv2d(x, weight.view(3 * C, C, 1, 1)).flatten(2)
+
+
+def by_convolution_after_a_grouped_one(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+    """For which Inductor leaves all images channels first in training."""
+    return by_convolution(F.conv2d(x, grouped, padding=1, groups=4), weight, grouped)
+
+
+def by_convolution_of_sequences(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+    return F.conv1d(x.flatten(2), weight.unsqueeze(-1))
+
+
+def by_product(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+    return weight @ x.flatten(2)
+
+
+def by_loops(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+    return torch.cat([x.flatten(2)] * 3, 1).sin()
+
+
+def given(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+    return x.flatten(2).repeat_interleave(3, 1).view(B, 3 * C, -1)
+
+
+IDENTITY = (lambda q: q, lambda k: k)
+ELU = (lambda q: F.elu(q) + 1, lambda k: F.elu(k) + 1)
+SOFTMAX_OF_KEYS = (lambda q: q, lambda k: k.softmax(-1))
+
+
+def matches(
+    written: Callable[..., Tensor], maps: tuple[Callable[..., Tensor], ...], training: bool
+) -> int:
+    def model(x: Tensor, weight: Tensor, grouped: Tensor) -> Tensor:
+        q, k, v = written(x, weight, grouped).chunk(3, 1)
+        q, k, v = (t.unflatten(1, (C // D, D)) for t in (q, k, v))
+        q, k = maps[0](q), maps[1](k)
+        return torch.einsum("bhde,bhdn->bhen", torch.einsum("bhdn,bhen->bhde", k, v), q)
+
+    with nogpu.imagined_gpu():
+        with FakeTensorMode() as mode:
+            shapes = (B, C, SIDE, SIDE), (3 * C, C), (C, C // 4, 3, 3)
+            inputs = [torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
+        values = WithValues(fx.symbolic_trace(model))
+        values.training = training
+        with mode, torch.no_grad():
+            values.run(*inputs)
+        inputs = [x.requires_grad_(training) for x in inputs]
+        graph = values.module
+        assert isinstance(graph, fx.GraphModule)
+        report = rewrite(graph, inputs, Options())
+    apart = [r for r in report.refusals if "channels apart in memory" in r.reason]
+    assert bool(apart) != bool(report.matches)
+    return len(report.matches)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("maps", [IDENTITY, ELU, SOFTMAX_OF_KEYS], ids=["none", "elu", "softmax"])
+def test_between_convolutions_it_pays(
+    maps: tuple[Callable[..., Tensor], ...], training: bool
+) -> None:
+    """Inductor lays their results out with their channels last."""
+    assert matches(by_convolution, maps, training)
+
+
+@pytest.mark.parametrize(
+    ("written", "maps", "training", "pays"),
+    [
+        (by_convolution_after_a_grouped_one, SOFTMAX_OF_KEYS, False, True),
+        (by_convolution_after_a_grouped_one, SOFTMAX_OF_KEYS, True, False),
+        (by_convolution_after_a_grouped_one, ELU, True, True),
+        (by_convolution_of_sequences, IDENTITY, False, False),
+        (by_convolution_of_sequences, ELU, False, True),
+        (by_convolution_of_sequences, SOFTMAX_OF_KEYS, True, False),
+        (by_product, IDENTITY, False, False),
+        (by_product, ELU, False, True),
+        (by_loops, IDENTITY, False, True),
+        (by_loops, IDENTITY, True, False),
+        (given, SOFTMAX_OF_KEYS, True, False),
+    ],
+)
+def test_by_who_writes_them(
+    written: Callable[..., Tensor],
+    maps: tuple[Callable[..., Tensor], ...],
+    training: bool,
+    pays: bool,
+) -> None:
+    assert matches(written, maps, training) == pays
