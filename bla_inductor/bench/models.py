@@ -134,6 +134,31 @@ class AttentionBlock(nn.Module):
         return x + self.proj(out.transpose(1, 2).flatten(2))
 
 
+class ImageAttention(nn.Module):
+    """Linear attention of a diffusion U-Net: softmax of q over its features and of k over all
+    pixels, between 1 × 1 convolutions. x (B, C, H, W). Paper: "Efficient Attention: Attention with
+    Linear Complexities" (2021, arXiv 1812.01243).
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, 1)
+        q, k, v = (t.unflatten(1, (self.heads, -1)).flatten(3) for t in parts)
+        q, k = q.softmax(2) * q.shape[2] ** -0.5, k.softmax(3)
+        state = torch.einsum("bhdn,bhen->bhde", k, v)
+        out = torch.einsum("bhde,bhdn->bhen", state, q)
+        return self.out(out.reshape(x.shape))
+
+
+def _image(heads: int) -> Callable[[], Made]:
+    return lambda: (ImageAttention(256, heads), (torch.randn(8, 256, 64, 64),), {})
+
+
 def _block() -> Made:
     return AttentionBlock(64, 2), (torch.randn(64, 3136, 64),), {}
 
@@ -161,6 +186,8 @@ MODELS = [
         3136,
         _zoo("rala", "RankAugmentedLinearAttention", 64, 2, shape=(64, 64, 56, 56)),
     ),
+    Model("diffusion U-Net attention", 4096, _image(8)),
+    Model("diffusion U-Net attention, fp32", 4096, _image(8), torch.float32),
     Model("LoFTR, 640 × 480", 4800, _loftr(256, 4, 1, 4800)),
     Model("LoFTR, 640 × 480, fp32", 4800, _loftr(256, 4, 1, 4800), torch.float32),
     Model("LoFTR, windows", 25, _loftr(128, 1, 2000, 25)),
