@@ -5,6 +5,7 @@ kernels or by the join.
 from __future__ import annotations
 
 import logging
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from bla_inductor.copies import remove_copies
 from bla_inductor.images import lay_channels_last
 from bla_inductor.ops.packed import linear_attention_backward_packed
+from bla_inductor.ops.schema import linear_attention_backward
 from bla_inductor.packing import pack_gradients
 from bla_inductor.slices import value
 from tests.compile.test_packing import attention, gradients
@@ -105,6 +107,21 @@ def test_with_its_channels_first_it_stays() -> None:
     _, _, graph, count = gradients(all_ours, image(), lay_channels_last)
     assert count == 0
     assert value(given(graph)).is_contiguous()
+
+
+def test_a_gradient_that_users_see_keeps_its_strides() -> None:
+    graph = fx.Graph()
+    placed = [graph.placeholder(name) for name in ("do", "image", "weight")]
+    operator = graph.call_function(linear_attention_backward, (placed[0],))
+    gradient = graph.call_function(getitem, (operator, 0))
+    reader = graph.call_function(aten.convolution_backward.default, (gradient, *placed[1:]))
+    output = graph.output((reader, gradient))
+    for node in (*placed, gradient):
+        node.meta["val"] = torch.empty(B, C, SIDE, SIDE, device="meta")
+    as_inductor_keeps_it(graph)
+    assert lay_channels_last(graph, "meta") == 1
+    assert output.args[0][1] is gradient
+    assert value(given(graph)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_failure_of_the_pass_leaves_the_graph(monkeypatch: Any, caplog: Any) -> None:
