@@ -31,6 +31,8 @@ def main(names: list[str]) -> int:
                         none = mock.patch.object(short_heuristics, which, return_value=0)
                         patches.enter_context(none)
                 found = session.differences(program.make(), inputs)
+            if program.needless and any(program.needless in code for code in session.modules):
+                found.append(f"a kernel is named {program.needless}")
             wrong += bool(found)
             told = (
                 f"{'differs' if found else 'equal'}: {name} ({time.perf_counter() - start:.1f} s)"

@@ -15,10 +15,13 @@ __all__ = ["PROGRAMS", "Program"]
 
 @dataclass(frozen=True)
 class Program:
-    """make: the function; shapes: of its inputs, which all ask for gradients."""
+    """make: the function; shapes: of its inputs, which all ask for gradients; needless: part of a
+    kernel's name that no generated code has.
+    """
 
     make: Callable[[], Callable[..., Tensor]]
     shapes: tuple[tuple[int, ...], ...]
+    needless: str = ""
 
 
 def phi(x: Tensor) -> Tensor:
@@ -136,6 +139,8 @@ def _of(kind: Any, *args: Any) -> Callable[[], Any]:
     return lambda: kind(*args)
 
 
+_COPY = "poi_fused_convolution_backward"  # of the gradient, which the kernels should write there
+
 PROGRAMS: dict[str, Program] = {
     "tokens": Program(_of(Tokens, 32, 2), ((2, 64, 32),)),
     "tokens, by passes": Program(_of(Tokens, 32, 2, True), ((1, 200, 32),)),
@@ -145,5 +150,5 @@ PROGRAMS: dict[str, Program] = {
     "crossed": Program(_of(Crossed, 64, 1), ((2, 40, 64), (2, 70, 64))),
     "crossed, in groups": Program(_of(Crossed, 64, 2), ((2, 40, 64), (2, 70, 64))),
     "between": Program(_of(Between, 32, 2, 16, False), ((2, 32, 8, 8),)),
-    "between, channels last": Program(_of(Between, 96, 3, 32, True), ((2, 96, 8, 8),)),
+    "between, channels last": Program(_of(Between, 96, 3, 32, True), ((2, 96, 8, 8),), _COPY),
 }
