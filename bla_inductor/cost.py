@@ -65,8 +65,10 @@ class Problem:
 
     def many_copies(self) -> int:
         """Operands to copy, where they are too many; or 0."""
-        in_training = self.gradients and not self.channels_last
-        return next(filter(self._too_many, (self.copied, self.apart if in_training else 0)), 0)
+        if self._too_many(self.copied):
+            return self.copied
+        first = self.gradients and not self.channels_last
+        return self.apart if first and self._too_many(self.apart) else 0
 
     def _too_many(self, copied: int) -> bool:
         beyond = copied - self.mapped > _MOST_COPIES_UNNORMALISED

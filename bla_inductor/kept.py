@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from bla_inductor.failures import warn_once
 from bla_inductor.ops.schema import linear_attention_forward
-from bla_inductor.slices import VIEWS, permutation, value
+from bla_inductor.slices import VIEWS, is_static, permutation, value
 
 __all__ = ["keep_layouts"]
 
@@ -78,7 +78,7 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
     """
     results = [user for user in operator.users if user.target is getitem]
     for x in [*results, *operator.args[:5]]:
-        if not isinstance(x, fx.Node) or not _is_static(x) or 0 in value(x).stride():
+        if not isinstance(x, fx.Node) or not is_static(x) or 0 in value(x).stride():
             continue
         order = _own_order(value(x)) if _is_given(x) else _order(x, channels_last)
         while True:
@@ -89,10 +89,6 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
             elif x.target is not aten.clone.default or _is_given(x.all_input_nodes[0]):
                 break
             x = x.all_input_nodes[0]
-
-
-def _is_static(x: fx.Node) -> bool:
-    return all(isinstance(s, int) for s in (*value(x).shape, *value(x).stride()))
 
 
 def _is_given(x: fx.Node) -> bool:

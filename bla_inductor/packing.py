@@ -46,7 +46,8 @@ _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 
 @dataclass
 class _Part:
-    """A gradient's way into the joined tensor: views, then [start, start + length) of dim `dim`.
+    """A gradient's way into the joined tensor: views (and copies), then [start, start + length) of
+    dim `dim`.
 
     entry: the node that joins it. drops: the dim is not one of the gradient's (`select_scatter`).
     """

@@ -24,12 +24,12 @@ def problem(plan: Plan, seen: Observation) -> Problem:
 
     c, d = size(plan.gathered.k.columns), size(plan.d)
     passed = plan.distinct()
-    apart = [o for o in passed.values() if not beside(o, seen)]
+    device = seen.tensors[plan.root].device.type
+    apart = [o for o in passed.values() if device == "cuda" and not beside(o, seen)]
     gradients = is_differentiated(plan.root)
-    last = laid_channels_last(plan.root.graph, seen)
+    last = bool(apart) and gradients and laid_channels_last(plan.root.graph, seen)
     # Inference asks for channels last by other rules; where it does not, copies still paid.
     copied = [o for o in apart if written_apart(o, seen, last or not gradients)]
-    device = seen.tensors[plan.root].device.type
     narrow = plan.compute_dtype == torch.bfloat16 and not plan.upcast
     return Problem(
         batch=size(plan.batch),
