@@ -7,7 +7,9 @@ nearly as much traffic as the backward itself. The kernels write any strides, so
 tensor becomes a result of the backward operator, in the layout of the `contiguous` that follows it,
 if one does.
 
-Only where every part is one of the gradients, nothing else reads them, and all sizes are static.
+Where only some of the parts are gradients of ours (keys that go through a softmax first), these are
+written into the joined tensor by the kernels, and the others by `copy_`, which fuses with what
+computes them. Only where nothing else reads the gradients, and all sizes are static.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from bla_inductor.failures import warn_once
 from bla_inductor.ops.packed import linear_attention_backward_packed
@@ -27,11 +29,13 @@ from bla_inductor.ops.schema import linear_attention_backward
 from bla_inductor.slices import (
     VIEWS,
     Inexpressible,
+    is_static,
     moved,
     only_user,
-    permutation,
     to_contiguous,
+    undone,
     value,
+    way,
 )
 from bla_inductor.undo import Snapshot
 
@@ -40,13 +44,18 @@ __all__ = ["pack_gradients"]
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-_LAYOUT = (*VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
+_LIBRARIES = (
+    aten.convolution_backward.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+)
 _SCATTERS = (aten.select_scatter.default, aten.slice_scatter.default)
 
 
 @dataclass
 class _Part:
-    """A gradient's way into the joined tensor: views (and copies), then [start, start + length) of
+    """A gradient's way into the joined tensor: views and copies, then [start, start + length) of
     dim `dim`.
 
     entry: the node that joins it. drops: the dim is not one of the gradient's (`select_scatter`).
@@ -62,14 +71,19 @@ class _Part:
     drops: bool = False
 
 
-def pack_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
-    """Rewrite `graph`, whose nodes have their fake value as meta["val"]; how many were packed."""
+def pack_gradients(graph: fx.Graph, device_type: str = "cuda", partly: bool = False) -> int:
+    """Rewrite `graph`, whose nodes have their fake value as meta["val"]; how many were packed.
+
+    partly: those that are joined with what others compute, where all that is left of the join is a
+    `cat` in the final layout (copies.py).
+    """
     nodes = graph.find_nodes(op="call_function", target=linear_attention_backward)
     if not nodes:
         return 0
     before = Snapshot(graph)
     try:
-        packed = sum(_pack(n) for n in nodes if value(_args(n)[0]).device.type == device_type)
+        nodes = [n for n in nodes if value(_args(n)[0]).device.type == device_type]
+        packed = sum(_pack(n, partly) for n in nodes)
         if packed:
             graph.eliminate_dead_code()
             graph.lint()
@@ -80,7 +94,7 @@ def pack_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
         return 0
 
 
-def _pack(node: fx.Node) -> bool:
+def _pack(node: fx.Node, partly: bool) -> bool:
     tensors = [value(t) for t in _args(node)[:7] if isinstance(t, fx.Node)]
     shapes = [t.shape[: _args(node)[1].meta["val"].dim() - 2] for t in tensors[1:4]]
     if not all(isinstance(s, int) for t in tensors for s in t.shape) or len(set(shapes)) > 1:
@@ -90,13 +104,17 @@ def _pack(node: fx.Node) -> bool:
     joined = {id(_top(part)): _top(part) for part in parts}
     for top in joined.values():
         own = [part for part in parts if _top(part) is top]
-        if len(own) > 1 and _is_all(top, own):
+        if _is_some(top, own) if partly else len(own) > 1 and _is_all(top, own):
             try:
                 end, places = _end_and_places(top, own)
             except (Inexpressible, RuntimeError) as error:
                 log.debug("gradients of %s are joined by a copy: %s", node, error)
                 continue
-            _rewrite(node, users, end, own, places)
+            if partly and end is not top:
+                continue
+            joined_by_kernels = _rewrite(node, users, end, own, places)
+            if partly:
+                _fill(joined_by_kernels, top, own)
             return True
     return False
 
@@ -106,11 +124,8 @@ def _args(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _part(number: int, gradient: fx.Node) -> _Part | None:
-    views: list[fx.Node] = []
-    node = gradient
-    while (user := only_user(node)) is not None and _moves_nothing(user):
-        views.append(user)
-        node = user
+    views, user = way(gradient)
+    node = views[-1] if views else gradient
     if user is None:
         return None
     if user.target is aten.cat.default:
@@ -124,13 +139,6 @@ def _part(number: int, gradient: fx.Node) -> _Part | None:
     if user.target in _SCATTERS and _args(user)[1] is node and _is_zero(_args(user)[0]):
         return _scattered(number, gradient, views, user)
     return None
-
-
-def _moves_nothing(node: fx.Node) -> bool:
-    """A view, or a copy of a whole tensor, which what is written elsewhere does not need."""
-    return node.target in _LAYOUT or (
-        node.target is aten.clone.default and value(node).is_contiguous()
-    )
 
 
 def _scattered(number: int, gradient: fx.Node, views: list[fx.Node], user: fx.Node) -> _Part | None:
@@ -186,6 +194,38 @@ def _is_all(top: fx.Node, parts: Sequence[_Part]) -> bool:
     return end == value(top).shape[parts[0].dim] and leaves == entries
 
 
+def _is_some(top: fx.Node, parts: Sequence[_Part]) -> bool:
+    """Whether the joined tensor is a `cat` of the parts, and of others, that will be in memory: a
+    loop that reads it would compute the others where it reads them.
+    """
+    if top.target is not aten.cat.default or not _is_read_in_memory(top):
+        return False
+    tensors = _args(top)[0]
+    same = {value(t).dtype for t in tensors} == {value(top).dtype}
+    return same and is_static(top, *tensors)
+
+
+def _is_read_in_memory(node: fx.Node) -> bool:
+    readers = (u for u in node.users if u.target not in (*VIEWS, aten.permute.default))
+    views = (u for u in node.users if u.target in (*VIEWS, aten.permute.default))
+    return any(u.target in _LIBRARIES for u in readers) or any(map(_is_read_in_memory, views))
+
+
+def _fill(joined: fx.Node, cat: fx.Node, parts: Sequence[_Part]) -> None:
+    """Copy what is no gradient of ours to its place in `joined`, which takes the place of `cat`."""
+    graph, dim, start = cat.graph, parts[0].dim, 0
+    own = {part.start for part in parts if part.length}
+    with graph.inserting_before(cat):
+        for tensor in _args(cat)[0]:
+            end = start + value(tensor).shape[dim]
+            if start not in own and end > start:
+                place = graph.call_function(aten.slice.Tensor, (joined, dim, start, end))
+                place.meta = {**cat.meta, "val": value(joined).narrow(dim, start, end - start)}
+                copy = graph.call_function(aten.copy_.default, (place, tensor))
+                copy.meta = dict(place.meta)
+            start = end
+
+
 def _summands(node: Any) -> set[fx.Node]:
     if isinstance(node, fx.Node) and node.target is aten.add.Tensor:
         return _summands(_args(node)[0]) | _summands(_args(node)[1])
@@ -207,7 +247,7 @@ def _rewrite(
     end: fx.Node,
     parts: Sequence[_Part],
     places: Sequence[Sequence[int]],
-) -> None:
+) -> fx.Node:
     numbers = [part.number for part in parts]
     empty = value(_args(node)[1]).new_empty(0)
     values = [empty if i in numbers else v for i, v in enumerate(node.meta["val"])]
@@ -230,30 +270,21 @@ def _rewrite(
             if i not in numbers:
                 user.args = (packed, i + 1)
     end.replace_all_uses_with(first)
+    return first
 
 
 def _place(part: _Part, top: fx.Node, after: Sequence[fx.Node], end: fx.Node) -> list[int]:
     """[number, offset, strides] of the gradient in the memory of `end`."""
-    way = moved(top, after, part.dim, part.start, part.length)
+    place = moved(top, after, part.dim, part.start, part.length)
     own = [part.length if d == part.dim else s for d, s in enumerate(value(top).shape)]
-    shapes = [own, *way.shapes]
+    shapes = [own, *place.shapes]
     strides = torch.empty(value(end).shape, device="meta").stride()
     x = torch.empty_strided(shapes.pop(), strides, device="meta")
     for view in reversed(after):
-        x = _undone(view, x, shapes.pop())
+        x = undone(view, x, shapes.pop())
     if part.drops:
         x = x.squeeze(part.dim)
     for view in reversed(part.views):
-        x = _undone(view, x, value(_args(view)[0]).shape)
+        x = undone(view, x, value(_args(view)[0]).shape)
     assert x.shape == value(part.gradient).shape
-    return [part.number, way.start * strides[way.dim], *x.stride()]
-
-
-def _undone(view: fx.Node, x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The input of `view`, of `shape`, as a view of its result x. RuntimeError if it is none."""
-    if view.target is aten.clone.default:
-        return x
-    if view.target is aten.permute.default:
-        order = permutation(view)
-        return x.permute([order.index(d) for d in range(x.dim())])
-    return x.view(shape)
+    return [part.number, place.start * strides[place.dim], *x.stride()]

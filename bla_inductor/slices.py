@@ -1,4 +1,4 @@
-"""Where a slice of a tensor is after views of the whole: shared by the passes that save copies."""
+"""Where a tensor, or a slice of one, is after views: shared by the passes that save copies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ __all__ = [
     "only_user",
     "permutation",
     "to_contiguous",
+    "undone",
     "value",
+    "way",
 ]
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+
+
+_LAYOUT = (*VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
 
 
 class Inexpressible(Exception):
@@ -78,6 +83,29 @@ def to_contiguous(top: fx.Node) -> tuple[list[fx.Node], fx.Node]:
     if user is not None and user.target is aten.clone.default and value(user).is_contiguous():
         return views, user
     return [], top
+
+
+def way(x: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """Views of x and copies of the whole, as `contiguous` makes, each read by the next alone; and
+    what reads the last of them alone, if there is such a node.
+    """
+    nodes: list[fx.Node] = []
+    while (user := only_user(nodes[-1] if nodes else x)) is not None:
+        copy = user.target is aten.clone.default and value(user).is_contiguous()
+        if not copy and user.target not in _LAYOUT:
+            break
+        nodes.append(user)
+    return nodes, user
+
+
+def undone(view: fx.Node, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The input of `view`, of `shape`, as a view of its result x. RuntimeError if it is none."""
+    if view.target is aten.clone.default:
+        return x
+    if view.target is aten.permute.default:
+        order = permutation(view)
+        return x.permute([order.index(d) for d in range(x.dim())])
+    return x.view(shape)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

@@ -4,7 +4,7 @@ FxGraphCache and AOTAutogradCache hash the graph and Inductor's configuration, b
 lowerings nor the backward of an operator defined elsewhere: after an upgrade of bla, a second
 process would be served code of the old one. They do hash the `uuid()` of custom passes. So our pass
 carries a hash of bla's sources and of the options; what it does to the graph is in `powers.py`,
-`images.py`, `packing.py`, `copies.py` and `kept.py`.
+`images.py`, `packing.py`, `placing.py`, `copies.py` and `kept.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bla_inductor.images import lay_channels_last
 from bla_inductor.kept import keep_layouts
 from bla_inductor.options import Options
 from bla_inductor.packing import pack_gradients
+from bla_inductor.placing import place_gradients
 from bla_inductor.powers import powers_by_logarithm
 
 # The name of the configuration key under which Inductor is given the stamp.
@@ -55,7 +56,9 @@ class CacheStamp(_Pass):
         powers_by_logarithm(graph)
         lay_channels_last(graph)
         pack_gradients(graph)
+        place_gradients(graph)
         remove_copies(graph)
+        pack_gradients(graph, partly=True)
         keep_layouts(graph)
         for user in self.users:
             aware = _InferenceAware is not None and isinstance(user, _InferenceAware)

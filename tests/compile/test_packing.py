@@ -14,6 +14,7 @@ from functorch.compile import aot_function, make_boxed_func
 from torch import fx
 
 from bla_inductor import lowering
+from bla_inductor.copies import remove_copies
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.packing import pack_gradients
 from tests.compile import test_codegen
@@ -141,6 +142,58 @@ def test_what_is_no_join_of_all_its_parts_is_left(function: Callable[..., Any]) 
     before, after, graph, count = gradients(function, example(function))
     assert count == 0
     assert linear_attention_backward_packed not in [node.target for node in graph.nodes]
+    assert torch.equal(before, after)
+
+
+def projected(x, parts: int):
+    w = torch.linspace(-40, 40, 7 * parts * H * D).sin().view(7, -1)
+    return [t.unflatten(-1, (H, D)).transpose(1, 2) for t in (x @ w).chunk(parts, -1)]
+
+
+def softmax_of_the_keys(x):
+    q, k, v = projected(x, 3)
+    return attention(q, k.softmax(-2), v)
+
+
+def rotated(x):
+    """Only dv is written by the kernels where it ends up."""
+    q, k, v = projected(x, 3)
+    return attention(q * 2 - q.roll(1, -1), k.roll(1, -1) + k, v)
+
+
+def with_parts_that_are_not_ours(x):
+    q, a, k, v, b = projected(x, 5)
+    return attention(q, k, v) + (a * b).transpose(1, 2).flatten(2)
+
+
+def partly(graph: fx.Graph, device_type: str) -> int:
+    assert pack_gradients(graph, device_type) == 0
+    remove_copies(graph, device_type)
+    return pack_gradients(graph, device_type, partly=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "ours"),
+    [(softmax_of_the_keys, 2), (rotated, 1), (with_parts_that_are_not_ours, 3)],
+)
+def test_joined_with_others_they_are_written_there(function: Callable[..., Any], ours: int) -> None:
+    before, after, graph, count = gradients(function, torch.randn(B, N, 7), partly)
+    assert count == 1
+    (packed,) = graph.find_nodes(op="call_function", target=linear_attention_backward_packed)
+    assert len(packed.kwargs["places"]) == ours * (2 + 4)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    torch.testing.assert_close(after, before)
+
+
+def test_what_a_loop_reads_is_not_joined_in_memory() -> None:
+    """Inductor would compute the others where they are read."""
+
+    def function(x):
+        q, k, v = (t.unflatten(-1, (H, D)).transpose(1, 2) for t in x.sin().chunk(3, -1))
+        return attention(q, k.softmax(-2), v)
+
+    before, after, _, count = gradients(function, torch.randn(B, N, 3 * H * D), partly)
+    assert count == 0
     assert torch.equal(before, after)
 
 
