@@ -15,12 +15,15 @@ from bla_inductor.algebra import Observation
 from bla_inductor.operands import Operand
 from bla_inductor.ops.layout import known
 
-__all__ = ["beside", "laid_channels_last", "written_apart"]
+__all__ = ["beside", "laid_channels_last", "will_be_beside", "written_apart"]
 
 _IMAGES = ("conv2d", "conv_transpose2d")
 _OTHERS = ("conv1d", "conv3d", "conv_transpose1d", "conv_transpose3d")
 _PRODUCTS = ("linear", "einsum", "matmul", "bmm", "mm", "baddbmm", "addmm", "addbmm", "tensordot")
+_KEPT = ("softmax", "special_softmax")
+_ROW = 16  # bytes that the kernels read at a time
 _SMALL = 64  # channels
+_NODES = 100  # a convolution, at most: Inductor counts 300 of ATen's, Dynamo's here are fewer
 
 
 def beside(operand: Operand, seen: Observation) -> bool:
@@ -38,13 +41,41 @@ def written_apart(operand: Operand, seen: Observation, last: bool) -> bool:
     """
     if operand.source is None:
         return False
-    node = operand.source.node
-    memory = seen.storage_of(seen.tensors[node])
-    made = (n for n in node.graph.nodes if n in seen.tensors)
-    first = next((n for n in made if seen.storage_of(seen.tensors[n]) == memory), node)
+    first = _origin(operand.source.node, seen)
     if first.op in ("placeholder", "get_attr"):
         return True
     return _name(first) in (*_PRODUCTS, *_OTHERS, *(() if last else _IMAGES))
+
+
+def will_be_beside(operand: Operand, seen: Observation) -> bool:
+    """Whether the channels of an operand whose graph is trained will be beside each other, though
+    they are not in eager mode. It is a view of
+
+    - what a convolution of images writes with its channels last, in rows that the kernels can read
+      (of whole 16 bytes); but if that adds a bias, Inductor has a loop for it, which writes as well
+      what the kernels read;
+    - a softmax, which its own backward reads again, so that Inductor has it in memory and writes it
+      once for both.
+    """
+    if operand.source is None:
+        return False
+    node = operand.source.node
+    first = _origin(node, seen)
+    if _name(first) in _KEPT:
+        return True
+    bias = first.args[2] if len(first.args) > 2 else first.kwargs.get("bias")
+    if _name(first) not in _IMAGES or bias is not None:
+        return False
+    image = seen.tensors[first]
+    whole = known(image.shape[1] * image.element_size() % _ROW == 0)
+    return whole and laid_channels_last(node.graph, seen)
+
+
+def _origin(node: fx.Node, seen: Observation) -> fx.Node:
+    """The first node whose memory `node` is a view of."""
+    memory = seen.storage_of(seen.tensors[node])
+    made = (n for n in node.graph.nodes if n in seen.tensors)
+    return next((n for n in made if seen.storage_of(seen.tensors[n]) == memory), node)
 
 
 def laid_channels_last(graph: fx.Graph, seen: Observation) -> bool:
@@ -54,7 +85,7 @@ def laid_channels_last(graph: fx.Graph, seen: Observation) -> bool:
     from torch._inductor import config
 
     shapes = list(_convolutions(graph, seen))
-    if not config.layout_optimization or not shapes:
+    if not config.layout_optimization or len(graph.nodes) > _NODES * len(shapes):
         return False
     if config.force_layout_optimization:
         return True

@@ -10,6 +10,7 @@ from torch import fx
 import bla_inductor.ops  # noqa: F401  (registers torch.ops.bla)
 from bla_inductor.algebra import Axes, Observation
 from bla_inductor.algebra.regions import is_differentiated
+from bla_inductor.apart import will_be_beside
 from bla_inductor.emit import Emitter, Unemittable, memory_order
 from bla_inductor.operands import Operand, Piece
 from bla_inductor.ops.layout import readable
@@ -23,7 +24,7 @@ _VIEWS = {aten.permute.default, aten.reshape.default, aten.view.default, aten.ex
 
 def emit(plan: Plan, emitter: Emitter, seen: Observation) -> fx.Node:
     """Write the operator and what surrounds it; the node that takes the place of `root`."""
-    nodes = {name: _operand(plan, emitter, o) for name, o in plan.distinct().items()}
+    nodes = {name: _operand(plan, emitter, o, seen) for name, o in plan.distinct().items()}
     kwargs: dict[str, Any] = {"scale": _scale(plan, emitter, plan.scale, "q", "k", "v")}
     if (z := plan.found.normaliser) is not None:
         kwargs["normalizer"] = z.kind
@@ -89,7 +90,7 @@ def _scale(plan: Plan, emitter: Emitter, coef: Any, *names: str) -> Any:
     return emitter.number(coef)
 
 
-def _operand(plan: Plan, emitter: Emitter, operand: Operand) -> fx.Node:
+def _operand(plan: Plan, emitter: Emitter, operand: Operand, seen: Observation) -> fx.Node:
     target: Axes = (*((i,) for i in plan.batch), operand.rows, operand.columns)
     fill = [False] * len(plan.batch) + [True, True]
     if operand.source is not None:
@@ -98,7 +99,7 @@ def _operand(plan: Plan, emitter: Emitter, operand: Operand) -> fx.Node:
             node = emitter.cast(node, operand.dtype)
         node = emitter.cast(node, plan.compute_dtype)
         node = emitter.laid_out(node, operand.source.axes, target, fill)
-        return _readable(emitter, node) if is_differentiated(plan.root) else node
+        return _copied(emitter, node, operand, seen) if is_differentiated(plan.root) else node
     (first, *rest) = sorted(operand.pieces, key=lambda p: p.how != "times")
     result = emitter.laid_out(_read(emitter, first), first.source.axes, target, fill)
     result = emitter.cast(result, operand.dtype)
@@ -121,14 +122,19 @@ def _weight(plan: Plan, emitter: Emitter, weight: Operand) -> fx.Node:
     return result if known else emitter.cast(result, wide)
 
 
-def _readable(emitter: Emitter, node: fx.Node) -> fx.Node:
+def _copied(emitter: Emitter, node: fx.Node, operand: Operand, seen: Observation) -> fx.Node:
     """On CUDA, a copy of what the kernels could not read in wide pieces along the features.
 
-    They would make one as well, but the backward another; this one is kept for it. Where there is
-    no backward, Inductor decides when it knows how everything lies: see templates/tiles.py.
+    They would make one as well, but the backward another; this one is kept for it. None of what
+    will have its features beside each other after all. Where there is no backward, Inductor
+    decides when it knows how everything lies: see templates/tiles.py.
     """
-    fake = emitter.fake(node)
+    assert operand.source is not None
+    fake, given = emitter.fake(node), seen.tensors[operand.source.node]
     if fake.device.type != "cuda" or readable(fake):
+        return node
+    is_view = seen.storage_of(fake) == seen.storage_of(given)
+    if is_view and will_be_beside(operand, seen):
         return node
     return emitter.call(aten.clone.default, node, memory_format=torch.contiguous_format)
 

@@ -37,6 +37,7 @@ _OTHER_VIEWS = (
     aten.squeeze.dim,
     aten.unsqueeze.default,
 )
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 _VISIBLE, _STRIDES = "user_visible_output_idxs", "original_output_strides"
 
 
@@ -73,12 +74,15 @@ def _lays_channels_last(graph: fx.Graph) -> bool:
 
 
 def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, tuple[int, ...]]]:
-    """The operator's tensors, and what they are permutations and copies of (the backward of a
-    softmax reads its result beside the gradient), each with its strides.
+    """The operator's tensors, and what they are views and copies of (the backward of a softmax
+    reads its result beside the gradient), each with its strides.
     """
     results = [user for user in operator.users if user.target is getitem]
     for x in [*results, *operator.args[:5]]:
         if not isinstance(x, fx.Node) or not is_static(x) or 0 in value(x).stride():
+            continue
+        if channels_last and (views := _of_convolution(x)):
+            yield from views
             continue
         order = _own_order(value(x)) if _is_given(x) else _order(x, channels_last)
         while True:
@@ -89,6 +93,29 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
             elif x.target is not aten.clone.default or _is_given(x.all_input_nodes[0]):
                 break
             x = x.all_input_nodes[0]
+
+
+def _of_convolution(x: fx.Node) -> list[tuple[fx.Node, tuple[int, ...]]]:
+    """x, and what it is a view of, down to the result of a convolution of images with its channels
+    last, each with its strides there; nothing where x is no such view.
+    """
+    nodes = [x]
+    while (node := nodes[-1]).target in (*VIEWS, *_OTHER_VIEWS, *_SPLITS, getitem):
+        nodes.append(node.all_input_nodes[0])
+    image = nodes.pop()
+    if image.target is not aten.convolution.default or value(image).dim() != 4:
+        return []
+    laid: Any = torch.empty(value(image).shape, device="meta", memory_format=torch.channels_last)
+    found = []
+    for node in reversed(nodes):
+        apply: Any = aten.view.default if node.target in VIEWS else node.target
+        try:
+            laid = apply(laid, *node.args[1:], **node.kwargs)
+        except RuntimeError:  # a copy
+            return []
+        if isinstance(laid, Tensor):
+            found.append((node, laid.stride()))
+    return found
 
 
 def _is_given(x: fx.Node) -> bool:

@@ -51,9 +51,21 @@ def normalised(x: Tensor, weight: Tensor, last: Tensor, memory: Tensor) -> Tenso
     return image((v @ k.mT) @ q / (k.sum(-1).unsqueeze(-2) @ q + 1e-6), x, last)
 
 
+def three_convolutions(x: Tensor, weight: Tensor, last: Tensor, memory: Tensor) -> Tensor:
+    """With values that a depthwise convolution reads as well (LePE)."""
+    parts = [F.conv2d(x, w) for w in weight.chunk(3)]
+    q, k, v = (t.unflatten(1, (-1, D)).flatten(3) for t in parts)
+    out = (v @ k.softmax(-1).mT) @ F.elu(q)
+    kernel = last.mean(0).view(-1, 1, 1, 1).expand(-1, 1, 3, 3)
+    beside = F.conv2d(parts[2], kernel, padding=1, groups=HEADS * D)
+    return image(out + beside.view_as(out), x, last)
+
+
 @pytest.mark.parametrize("side", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("function", [softmax_of_the_keys, with_memory, normalised])
+@pytest.mark.parametrize(
+    "function", [softmax_of_the_keys, with_memory, normalised, three_convolutions]
+)
 def test_values_and_gradients(
     function: Callable[..., Tensor], dtype: torch.dtype, side: int
 ) -> None:

@@ -135,11 +135,35 @@ class Between(nn.Module):
         return x + self.out(out.reshape(x.shape[0], -1, *x.shape[2:]))
 
 
+class Beside(nn.Module):
+    """Between convolutions, with values that a depthwise convolution reads as well (LePE).
+
+    joint: q, k and v are parts of one convolution's result, and the keys go through a softmax over
+    the tokens; else each has a convolution, and the keys have φ.
+    """
+
+    def __init__(self, channels: int, heads: int, joint: bool) -> None:
+        super().__init__()
+        widths = [3 * channels] if joint else [channels] * 3
+        self.heads, self.out = heads, nn.Conv2d(channels, channels, 1)
+        self.into = nn.ModuleList(nn.Conv2d(channels, w, 1, bias=False) for w in widths)
+        self.beside = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = [f(x) for f in self.into]
+        parts = made[0].chunk(3, 1) if len(made) == 1 else made
+        q, k, v = (t.unflatten(1, (self.heads, -1)).flatten(3) for t in parts)
+        k = k.softmax(-1) if len(made) == 1 else phi(k)
+        out = (k @ v.mT).mT @ phi(q)
+        return self.out(out.reshape(x.shape) + self.beside(parts[2]))
+
+
 def _of(kind: Any, *args: Any) -> Callable[[], Any]:
     return lambda: kind(*args)
 
 
 _COPY = "poi_fused_convolution_backward"  # of the gradient, which the kernels should write there
+_CLONE = "poi_fused_clone"  # of q, k or v, which are read where they are
 
 PROGRAMS: dict[str, Program] = {
     "tokens": Program(_of(Tokens, 32, 2), ((2, 64, 32),)),
@@ -151,4 +175,6 @@ PROGRAMS: dict[str, Program] = {
     "crossed, in groups": Program(_of(Crossed, 64, 2), ((2, 40, 64), (2, 70, 64))),
     "between": Program(_of(Between, 32, 2, 16, False), ((2, 32, 8, 8),)),
     "between, channels last": Program(_of(Between, 96, 3, 32, True), ((2, 96, 8, 8),), _COPY),
+    "softmax of the keys": Program(_of(Beside, 96, 3, True), ((2, 96, 8, 8),), _CLONE),
+    "three convolutions": Program(_of(Beside, 96, 3, False), ((2, 96, 8, 8),), _CLONE),
 }

@@ -30,6 +30,7 @@ _TOLERANCE = 1e-4  # of a norm, in fp32; what this is to find is off by 1e-3 and
 _SETTINGS = {
     "compile_threads": 1,
     "force_disable_caches": True,
+    "online_softmax": False,  # its combination of two is not for the interpreter
     "shape_padding": False,
     "triton.autotune_at_compile_time": False,
 }

@@ -93,6 +93,19 @@ def heads_of_image(x: Tensor) -> Tensor:
     return x.view(B, H, D, N).permute(0, 1, 3, 2)
 
 
+def part_of_image(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """The second of three parts of the channels that a convolution writes."""
+    y = graph.call_function(aten.convolution.default, (x, x))
+    parts = graph.call_function(aten.split.Tensor, (y, C, 1))
+    part = graph.call_function(getitem, (parts, 1))
+    view = graph.call_function(aten.reshape.default, (part, [B, H, D, N]))
+    with FakeTensorMode():
+        y.meta["val"] = torch.empty(B, 3 * C, 4, N // 4, device="cuda")
+    part.meta["val"] = y.meta["val"].narrow(1, C, C)
+    view.meta["val"] = part.meta["val"].view(B, H, D, N)
+    return graph.call_function(aten.permute.default, (view, [0, 1, 3, 2]))
+
+
 STATE = (H * D * D, D * D, D, 1)
 
 
@@ -113,6 +126,25 @@ def test_what_was_copied_is_kept_as_the_copy(monkeypatch: pytest.MonkeyPatch) ->
     output.meta["original_output_strides"].append(source.meta["val"].stride())
     assert kept.keep_layouts(made.graph) == 3
     assert output.meta["original_output_strides"][-1] == (C * N, D * N, 1, D)
+
+
+def test_a_part_of_an_image_is_kept_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of its views it is that is kept: autograd's strides would be those of a copy."""
+    monkeypatch.setattr(kept, "_lays_channels_last", lambda _: True)
+    made = Kept((B, C, N), part_of_image, lambda x: x.view(B, H, D, N).permute(0, 1, 3, 2))
+    view = made.k.args[0]
+    output = made.output
+    output.args = ((*output.args[0], view, view.args[0]),)
+    output.meta["original_output_strides"] += [n.meta["val"].stride() for n in (view, view.args[0])]
+    made.k.meta["val"] = view.meta["val"].permute(0, 1, 3, 2)
+    assert kept.keep_layouts(made.graph) == 4
+    pixels = N * 3 * C
+    assert output.meta["original_output_strides"][1:] == [
+        (pixels, D, 3 * C, 1),
+        STATE,
+        (pixels, D, 1, 3 * C),
+        (pixels, 1, N // 4 * 3 * C, 3 * C),
+    ]
 
 
 def test_an_input_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
