@@ -46,10 +46,8 @@ def problem(plan: Plan, seen: Observation) -> Problem:
         itemsize=plan.compute_dtype.itemsize,
         gradients=gradients,
         upcast=plan.upcast,
-        apart=len(apart),
         copied=len(copied),
         mapped=sum(o.map is not None for o in copied),
-        channels_last=last,
         float32=torch.get_float32_matmul_precision() if plan.compute_dtype == torch.float32 else "",
     )
 
