@@ -81,10 +81,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--only", default="", help="feature maps whose name contains this")
+    parser.add_argument("--after", nargs="*", choices=AFTER, default=AFTER, help="what is before")
     given = parser.parse_args()
     torch._dynamo.config.recompile_limit = 1000
     print("phi,normalised,after,D,side,dtype,run,inductor_ms,bla_ms,inductor_ratio")
-    spellings = itertools.product(MAPS, (False, True), AFTER, given.dims, (False, True))
+    spellings = itertools.product(MAPS, (False, True), given.after, given.dims, (False, True))
     for name, normalised, after, dim, training in spellings:
         if given.only not in name or (normalised and name != "elu + 1"):
             continue
