@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bla_inductor.ops.packed import linear_attention_backward_packed
+from bla_inductor.ops.packed import linear_attention_backward_packed, written_into
 from bla_inductor.ops.schema import Inputs, gradients
 from bla_inductor.templates import Unsupported
 
@@ -108,10 +108,17 @@ def _backward_packed(*args: Any, size: Any, places: Any, **kwargs: Any) -> Any:
     return backward(gradients(*args, **kwargs), (size, places))
 
 
+def _written_into(joined: Any, part: Any, dim: int, start: int) -> Any:
+    from bla_inductor.templates.joined import write
+
+    return write(joined, part, dim, start)
+
+
 _BUILD: dict[Any, Callable[..., Any]] = {
     bla.linear_attention.default: _attention,
     bla.linear_attention_forward.default: _forward,
     bla.linear_attention_backward.default: _backward,
     linear_attention_backward_packed: _backward_packed,
+    written_into: _written_into,
 }
 OPERATORS = tuple(_BUILD)

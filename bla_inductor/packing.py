@@ -8,8 +8,8 @@ tensor becomes a result of the backward operator, in the layout of the `contiguo
 if one does.
 
 Where only some of the parts are gradients of ours (keys that go through a softmax first), these are
-written into the joined tensor by the kernels, and the others by `copy_`, which fuses with what
-computes them. Only where nothing else reads the gradients, and all sizes are static.
+written into the joined tensor by the kernels, and the others by `written_into`, which fuses with
+what computes them. Only where nothing else reads the gradients, and all sizes are static.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from bla_inductor.failures import warn_once
-from bla_inductor.ops.packed import linear_attention_backward_packed
+from bla_inductor.ops.packed import linear_attention_backward_packed, written_into
 from bla_inductor.ops.schema import linear_attention_backward
 from bla_inductor.slices import (
     VIEWS,
@@ -212,18 +212,19 @@ def _is_read_in_memory(node: fx.Node) -> bool:
 
 
 def _fill(joined: fx.Node, cat: fx.Node, parts: Sequence[_Part]) -> None:
-    """Copy what is no gradient of ours to its place in `joined`, which takes the place of `cat`."""
+    """Write what is no gradient of ours to its place in `joined`, which `cat` gave way to."""
     graph, dim, start = cat.graph, parts[0].dim, 0
     own = {part.start for part in parts if part.length}
+    readers, node = list(joined.users), joined
     with graph.inserting_before(cat):
         for tensor in _args(cat)[0]:
-            end = start + value(tensor).shape[dim]
-            if start not in own and end > start:
-                place = graph.call_function(aten.slice.Tensor, (joined, dim, start, end))
-                place.meta = {**cat.meta, "val": value(joined).narrow(dim, start, end - start)}
-                copy = graph.call_function(aten.copy_.default, (place, tensor))
-                copy.meta = dict(place.meta)
-            start = end
+            length = value(tensor).shape[dim]
+            if start not in own and length:
+                node = graph.call_function(written_into, (node, tensor, dim, start))
+                node.meta = dict(joined.meta)
+            start += length
+    for reader in readers:
+        reader.replace_input_with(joined, node)
 
 
 def _summands(node: Any) -> set[fx.Node]:

@@ -4,7 +4,12 @@ straight into one buffer.
 As `linear_attention_backward`, and two arguments more: `size` is that of the buffer, which is
 dense; `places` holds, for every gradient that goes there, its number (0 for dq … 4 for dk_norm),
 its offset and its strides. It returns the buffer, then the six gradients, of which those in the
-buffer are (0,). Only `bla_inductor.packing` makes such calls, in graphs that are differentiated.
+buffer are (0,).
+
+`torch.ops.bla.written_into(joined, part, dim, start)` is `joined` with `part` at [start, start +
+part.shape[dim]) of `dim`. Inductor writes there, so nothing else may read `joined`.
+
+Only `bla_inductor.packing` makes such calls, in graphs that are differentiated.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from torch import Tensor
 
 from bla_inductor.ops.schema import lib, linear_attention_backward
 
-__all__ = ["linear_attention_backward_packed", "split_places"]
+__all__ = ["linear_attention_backward_packed", "split_places", "written_into"]
 
 _arguments, _results = str(linear_attention_backward._schema).split("(", 1)[1].split(") -> (")
 lib.define(
@@ -26,7 +31,13 @@ lib.define(
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
+lib.define(
+    "written_into(Tensor joined, Tensor part, int dim, int start) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
 linear_attention_backward_packed = torch.ops.bla.linear_attention_backward_packed.default
+written_into = torch.ops.bla.written_into.default
 
 
 def split_places(places: Sequence[int], rank: int) -> dict[int, tuple[int, list[int]]]:
@@ -57,5 +68,17 @@ def _fake(
     return q.new_empty(size), *grads
 
 
+def _written_into(joined: Tensor, part: Tensor, dim: int, start: int) -> Tensor:
+    result = joined.clone()
+    result.narrow(dim, start, part.shape[dim]).copy_(part)
+    return result
+
+
+def _fake_written_into(joined: Tensor, part: Tensor, dim: int, start: int) -> Tensor:
+    return joined.clone()
+
+
+lib.impl("written_into", _written_into, "CompositeExplicitAutograd")
+torch.library.register_fake("bla::written_into", _fake_written_into, lib=lib)
 lib.impl("linear_attention_backward_packed", _packed, "CompositeExplicitAutograd")
 torch.library.register_fake("bla::linear_attention_backward_packed", _fake, lib=lib)

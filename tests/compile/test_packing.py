@@ -15,7 +15,7 @@ from torch import fx
 
 from bla_inductor import lowering
 from bla_inductor.copies import remove_copies
-from bla_inductor.ops.packed import linear_attention_backward_packed
+from bla_inductor.ops.packed import linear_attention_backward_packed, written_into
 from bla_inductor.packing import pack_gradients
 from tests.compile import test_codegen
 
@@ -224,3 +224,31 @@ def test_the_kernels_write_into_the_joined_buffer(n: int, kernels: int) -> None:
     text = test_codegen.code(joined_by_stack, *[shape] * 4)
     test_codegen.assert_fused(text, kernels)
     assert f"empty_strided_cuda({shape}" not in text.split("def call", 1)[1].replace(", )", ")")
+
+
+def joined_behind_a_softmax(q, k, v, do):
+    dq, dk, dv = test_codegen.gradients(q, k, v, do)
+    parts = [t.transpose(1, 2).flatten(2) for t in (dq, dk * k.exp() - k, dv)]
+    joined = torch.cat(parts, -1).flatten(0, 1)
+    return joined @ do.new_ones(joined.shape[1], 16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="imagines a device where there is none")
+def test_what_is_joined_with_others_is_not_copied() -> None:
+    """One loop, which computes dk and writes it into the joined buffer and nowhere else."""
+    pytest.importorskip("triton")
+    lowering.register()
+    shape = test_codegen.heads(4096)
+    text = test_codegen.code(joined_behind_a_softmax, *[shape] * 4)
+    calls = text.split("def call", 1)[1]
+    assert calls.count(f"empty_strided_cuda({shape}") == 1  # dk, before it goes on
+    (loop,) = [line for line in calls.splitlines() if "triton_poi" in line and "arg1_1" in line]
+    assert loop.count("buf") == 2, loop
+
+
+def test_writing_into_a_tensor_changes_the_result_alone() -> None:
+    joined, part = torch.zeros(2, 9), torch.ones(2, 3)
+    result = written_into(joined, part, 1, 4)
+    assert not joined.any()
+    assert result.sum(0).tolist() == [0, 0, 0, 0, 2, 2, 2, 0, 0]
+    torch.library.opcheck(written_into, (joined, part, 1, 4))
