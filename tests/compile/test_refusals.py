@@ -80,7 +80,7 @@ ON_CUDA = [
     ),
     (
         "have their channels apart in memory",
-        {"c": 32, "d": 32, "gradients": True, "apart": 5},
+        {"c": 32, "d": 32, "gradients": True, "copied": 5},
     ),
     ("fewer FLOPs than q(kᵀv)", {"n": 16, "m": 16, "c": 64, "d": 64, "quadratic": True}),
 ]
