@@ -87,9 +87,12 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
         order = _own_order(value(x)) if _is_given(x) else _order(x, channels_last)
         while True:
             t = value(x)
-            yield x, t.stride() if order == _own_order(t) else _strides(t.shape, order)
+            same = _longer(t, order) == _longer(t, _own_order(t))
+            yield x, t.stride() if same else _strides(t.shape, order)
             if x.target is aten.permute.default:
                 order = [permutation(x)[d] for d in order]
+            elif x.target in VIEWS and (inside := _with_ones(x, order)):
+                order = inside
             elif x.target is not aten.clone.default or _is_given(x.all_input_nodes[0]):
                 break
             x = x.all_input_nodes[0]
@@ -132,6 +135,23 @@ def _order(x: fx.Node, channels_last: bool) -> list[int]:
     if channels_last and t.dim() == 4 and t.stride(features) != 1:
         return [0, 2, 1, features]  # a convolution's result is then one of tokens by channels
     return [*(d for d in _own_order(t) if d != features), features]
+
+
+def _longer(t: Tensor, dims: Sequence[int]) -> list[int]:
+    """Those of more than one element: other dims have a stride, and no place in memory."""
+    return [d for d in dims if t.shape[d] != 1]
+
+
+def _with_ones(view: fx.Node, order: Sequence[int]) -> list[int]:
+    """`order` of the dims of `view` as one of what it views, where only dims of one element come or
+    go (a batch of one, which bmm does without); else nothing.
+    """
+    after, before = value(view), value(view.all_input_nodes[0])
+    kept, there = _longer(after, range(after.dim())), _longer(before, range(before.dim()))
+    if [after.shape[d] for d in kept] != [before.shape[d] for d in there]:
+        return []
+    ones = [d for d in range(before.dim()) if d not in there]
+    return ones + [there[kept.index(d)] for d in order if d in kept]
 
 
 def _own_order(t: Tensor) -> list[int]:

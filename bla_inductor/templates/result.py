@@ -43,13 +43,18 @@ class Result:
         self.layout = ir.FixedLayout(call.device, dtype, sizes, strides)
 
     def _move_channels_last(self) -> None:
-        """Reorder memory for a reader of (B, C, H, W), if each of these is whole segments."""
+        """Reorder memory for a reader of (B, C, H, W), if each of these is whole segments and the
+        innermost of C is a value channel: what has its heads there, as (B, heads, N, Dv), is no
+        image.
+        """
         starts = [0]
         for _, sizes in self.segments:
             starts.append(starts[-1] + len(sizes))
         if {1, 2} <= set(starts) and starts[-1] == 4:
             first, then = starts.index(1), starts.index(2)
             channels = self.segments[first:then]
+            if channels[-1][0][-1] != len(self.sizes) - 1:
+                return
             self.segments = [*self.segments[:first], *self.segments[then:], *channels]
             self._order = [d for dims, _ in self.segments for d in dims]
 

@@ -85,6 +85,13 @@ def copied(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return graph.call_function(aten.clone.default, (view,))
 
 
+def without_the_batch(graph: fx.Graph, x: fx.Node) -> fx.Node:
+    """Of a softmax, as the product of a batch of one takes it."""
+    y = graph.call_function(aten._softmax.default, (x, -2, False))
+    y.meta["val"] = x.meta["val"]
+    return graph.call_function(aten.reshape.default, (y, [H, N, D]))
+
+
 def tokens_first(graph: fx.Graph, x: fx.Node) -> fx.Node:
     return graph.call_function(aten.permute.default, (x, [0, 2, 1, 3]))
 
@@ -126,6 +133,41 @@ def test_what_was_copied_is_kept_as_the_copy(monkeypatch: pytest.MonkeyPatch) ->
     output.meta["original_output_strides"].append(source.meta["val"].stride())
     assert kept.keep_layouts(made.graph) == 3
     assert output.meta["original_output_strides"][-1] == (C * N, D * N, 1, D)
+
+
+@pytest.mark.parametrize("shape", [(1, H, N, D), (1, N, H, D)], ids=["heads", "tokens"])
+def test_a_batch_of_one_is_kept_as_the_others(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bmm, and so the operator, has no such dim; what is kept has."""
+    monkeypatch.setattr(kept, "_lays_channels_last", lambda _: True)
+
+    def heads_first(x: Tensor) -> Tensor:
+        return (x if shape[1] == H else x.permute(0, 2, 1, 3)).squeeze(0)
+
+    made = Kept(shape, without_the_batch, heads_first)
+    source, output = made.k.args[0], made.output
+    source.meta["val"] = heads_first(source.meta["val"]).unsqueeze(0)
+    output.args = ((*output.args[0], source),)
+    output.meta["original_output_strides"].append(source.meta["val"].stride())
+    assert kept.keep_layouts(made.graph) == 3
+    strides = output.meta["original_output_strides"]
+    assert strides[1] == strides[-1][1:] == made.k.meta["val"].stride()
+
+
+def test_a_view_of_other_dims_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_lays_channels_last", lambda _: True)
+
+    def merged(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        y = graph.call_function(aten._softmax.default, (x, -2, False))
+        y.meta["val"] = x.meta["val"]
+        return graph.call_function(aten.reshape.default, (y, [B * H, N, D]))
+
+    made = Kept((B, H, N, D), merged, lambda x: x.view(B * H, N, D))
+    output = made.output
+    output.args = ((*output.args[0], made.k.args[0]),)
+    output.meta["original_output_strides"].append(())
+    assert kept.keep_layouts(made.graph) == 2
 
 
 def test_a_part_of_an_image_is_kept_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
