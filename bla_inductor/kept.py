@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from bla_inductor.failures import warn_once
 from bla_inductor.ops.schema import linear_attention_forward
-from bla_inductor.slices import VIEWS, is_static, permutation, value
+from bla_inductor.slices import NO_VIEW, VIEWS, is_static, permutation, value
 
 __all__ = ["keep_layouts"]
 
@@ -114,7 +114,7 @@ def _of_convolution(x: fx.Node) -> list[tuple[fx.Node, tuple[int, ...]]]:
         apply: Any = aten.view.default if node.target in VIEWS else node.target
         try:
             laid = apply(laid, *node.args[1:], **node.kwargs)
-        except RuntimeError:  # a copy
+        except NO_VIEW:  # a copy
             return []
         if isinstance(laid, Tensor):
             found.append((node, laid.stride()))

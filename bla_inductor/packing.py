@@ -107,7 +107,7 @@ def _pack(node: fx.Node, partly: bool) -> bool:
         if _is_some(top, own) if partly else len(own) > 1 and _is_all(top, own):
             try:
                 end, places = _end_and_places(top, own)
-            except (Inexpressible, RuntimeError) as error:
+            except Inexpressible as error:
                 log.debug("gradients of %s are joined by a copy: %s", node, error)
                 continue
             if partly and end is not top:
@@ -238,7 +238,7 @@ def _end_and_places(top: fx.Node, parts: Sequence[_Part]) -> tuple[fx.Node, list
     after, end = to_contiguous(top)
     try:
         return end, [_place(part, top, after, end) for part in parts]
-    except (Inexpressible, RuntimeError):
+    except Inexpressible:
         return top, [_place(part, top, [], top) for part in parts]
 
 

@@ -22,7 +22,7 @@ from bla_inductor.failures import warn_once
 from bla_inductor.ops.layout import dense_order
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
-from bla_inductor.slices import VIEWS, is_static, undone, value, way
+from bla_inductor.slices import VIEWS, Inexpressible, is_static, undone, value, way
 from bla_inductor.undo import Snapshot
 
 __all__ = ["place_gradients"]
@@ -101,7 +101,7 @@ def _written(gradient: fx.Node, nodes: Sequence[fx.Node]) -> Tensor | None:
         for node in reversed(nodes):
             source: Any = node.args[0]
             x = undone(node, x, value(source).shape)
-    except RuntimeError as error:
+    except Inexpressible as error:
         log.debug("%s is copied: %s", gradient, error)
         return None
     dense = x.stride(-1) == 1 and x.permute(dense_order(x)).is_contiguous()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 __all__ = [
+    "NO_VIEW",
     "VIEWS",
     "Inexpressible",
     "Slice",
@@ -32,8 +33,12 @@ VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _LAYOUT = (*VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
 
 
+# What `view` raises of memory that has no such view; ValueError while a FakeTensorMode is active.
+NO_VIEW = (RuntimeError, ValueError)
+
+
 class Inexpressible(Exception):
-    """What was a slice of one dim is none after a view."""
+    """What was a slice of one dim, or a view, is none after a view."""
 
 
 @dataclass
@@ -99,13 +104,18 @@ def way(x: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
 
 
 def undone(view: fx.Node, x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The input of `view`, of `shape`, as a view of its result x. RuntimeError if it is none."""
+    """The input of `view`, of `shape`, as a view of its result x. Raises Inexpressible if it is
+    none.
+    """
     if view.target is aten.clone.default:
         return x
     if view.target is aten.permute.default:
         order = permutation(view)
         return x.permute([order.index(d) for d in range(x.dim())])
-    return x.view(shape)
+    try:
+        return x.view(shape)
+    except NO_VIEW as error:
+        raise Inexpressible(str(error)) from error
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

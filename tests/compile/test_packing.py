@@ -92,6 +92,7 @@ def gradients(
 ) -> tuple[Any, Any, fx.Graph, int]:
     """The gradient of x before and after the pass, the graph, and how much was rewritten."""
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
 
     ours = set(lowering._OURS)
     table = {op: f for op, f in select_decomp_table().items() if op not in ours}
@@ -115,6 +116,7 @@ def gradients(
     leaf = x.detach().requires_grad_()
     compiled(leaf).square().sum().backward()
     gm = seen["graph module"]
+    view_to_reshape(gm)  # as Inductor has them, which changes strides
     count = rewrite(gm.graph, device_type="cpu")
     gm.recompile()
     (packed, *_) = gm(*seen["args"])
