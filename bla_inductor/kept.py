@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from bla_inductor.failures import warn_once
+from bla_inductor.ops.layout import dense_strides
 from bla_inductor.ops.schema import linear_attention_forward
 from bla_inductor.slices import NO_VIEW, VIEWS, is_static, permutation, value
 
@@ -88,7 +89,7 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
         while True:
             t = value(x)
             same = _longer(t, order) == _longer(t, _own_order(t))
-            yield x, t.stride() if same else _strides(t.shape, order)
+            yield x, t.stride() if same else tuple(dense_strides(t.shape, order))
             if x.target is aten.permute.default:
                 order = [permutation(x)[d] for d in order]
             elif x.target in VIEWS and (inside := _with_ones(x, order)):
@@ -157,11 +158,3 @@ def _with_ones(view: fx.Node, order: Sequence[int]) -> list[int]:
 def _own_order(t: Tensor) -> list[int]:
     strides = t.stride()
     return sorted(range(t.dim()), key=lambda d: -strides[d])
-
-
-def _strides(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Those of dense memory with its dims in `order`, outermost first."""
-    strides, reach = [0] * len(sizes), 1
-    for d in reversed(order):
-        strides[d], reach = reach, reach * sizes[d]
-    return tuple(strides)

@@ -3,9 +3,12 @@ symbolic sizes.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Size = TypeVar("Size")  # an int, or an expression of Inductor's
 
 
 def known(condition: object) -> bool:
@@ -51,6 +54,15 @@ def empty_dense(
         inverse[dim] = position
     memory = torch.empty([sizes[d] for d in order], dtype=dtype, device=like.device)
     return memory.permute(inverse)
+
+
+def dense_strides(sizes: Sequence[Size], order: Sequence[int]) -> list[Size | int]:
+    """Those of dense memory with its dims in `order`, outermost first."""
+    strides: list[Size | int] = list(sizes)
+    reach: Any = 1
+    for d in reversed(order):
+        strides[d], reach = reach, reach * sizes[d]
+    return strides
 
 
 def dense_order(x: Tensor) -> list[int]:

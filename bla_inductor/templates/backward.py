@@ -18,6 +18,7 @@ from bla_inductor.kernels import heuristics, short_heuristics
 from bla_inductor.kernels.large import whole_query_pass
 from bla_inductor.kernels.precision import backward_precision
 from bla_inductor.ops.feature_map import has_rows
+from bla_inductor.ops.layout import dense_strides
 from bla_inductor.ops.packed import split_places
 from bla_inductor.ops.schema import Gradients
 from bla_inductor.templates import Unsupported, arguments
@@ -122,8 +123,7 @@ def _gradient(
     sizes, own = t.get_size(), 1 if i == 5 else 2
     if all(map(equal, sizes[:-own], batch)):
         order = list(_order(x, i) or range(len(sizes)))
-        memory = ir.FlexibleLayout.contiguous_strides([sizes[d] for d in order])
-        strides = [memory[order.index(d)] for d in range(len(sizes))]
+        strides = dense_strides(sizes, order)
         # The queries' pass has dense states beside it, of the keys' batch.
         states = call.key_batch, ir.FlexibleLayout.contiguous_strides(call.key_batch)
         if not merges(batch, beside, [(sizes, strides), states]):

@@ -15,6 +15,7 @@ from torch._inductor import ir
 from torch._inductor import lowering as inductor
 from torch._inductor.virtualized import V
 
+from bla_inductor.ops.layout import dense_strides
 from bla_inductor.templates import Unsupported
 from bla_inductor.templates.arguments import hint
 from bla_inductor.templates.operands import Expr, Node, equal, merges, realized
@@ -46,7 +47,7 @@ def in_tiles(name: str, x: Node) -> Node:
         )
     if base is not None and flexible is not None:
         for order in orders:
-            base.layout = flexible.as_exact_strides(_strides(base.get_size(), order))
+            base.layout = flexible.as_exact_strides(dense_strides(base.get_size(), order))
             view = _view(x)
             if _suits(view):
                 return view
@@ -135,12 +136,6 @@ def _orders(base: Node) -> Iterator[list[int]]:
         yield [d for d in order if d != last] + [last]
 
 
-def _strides(sizes: Sequence[Expr], order: Sequence[int]) -> list[Expr]:
-    """Those of dense memory with its dims in `order`, outermost first."""
-    memory = ir.FlexibleLayout.contiguous_strides([sizes[d] for d in order])
-    return [memory[order.index(d)] for d in range(len(sizes))]
-
-
 def _copied(x: Node, view: Node | None) -> Node:
     """A dense copy of x: in the order of `view`, x in memory, but for the features; or contiguous.
 
@@ -156,7 +151,7 @@ def _copied(x: Node, view: Node | None) -> Node:
     for d in repeated:
         x = inductor.slice_(x, d, 0, 1)
     copy = ir.ExternKernel.copy_input(x)
-    strides = _strides(copy.get_size(), order)
+    strides = dense_strides(copy.get_size(), order)
     storage, layout = ir.as_storage_and_layout(copy, freeze=True, exact_strides=strides)
     strides = [0 if d in repeated else layout.stride[d] for d in range(len(sizes))]
     layout = ir.FixedLayout(layout.device, layout.dtype, sizes, strides, layout.offset)
