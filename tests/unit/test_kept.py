@@ -135,24 +135,33 @@ def test_what_was_copied_is_kept_as_the_copy(monkeypatch: pytest.MonkeyPatch) ->
     assert output.meta["original_output_strides"][-1] == (C * N, D * N, 1, D)
 
 
-@pytest.mark.parametrize("shape", [(1, H, N, D), (1, N, H, D)], ids=["heads", "tokens"])
+@pytest.mark.parametrize(
+    ("shape", "heads_first", "one"),
+    [
+        ((1, H, N, D), lambda x: x.squeeze(0), 0),
+        ((1, N, H, D), lambda x: x.permute(0, 2, 1, 3).squeeze(0), 0),
+        ((H, N, 2 * D), lambda x: x.narrow(2, D, D), 1),
+    ],
+    ids=["heads", "tokens", "a part, one inside"],
+)
 def test_a_batch_of_one_is_kept_as_the_others(
-    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    heads_first: Callable[[Tensor], Tensor],
+    one: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """bmm, and so the operator, has no such dim; what is kept has."""
     monkeypatch.setattr(kept, "_lays_channels_last", lambda _: True)
-
-    def heads_first(x: Tensor) -> Tensor:
-        return (x if shape[1] == H else x.permute(0, 2, 1, 3)).squeeze(0)
-
     made = Kept(shape, without_the_batch, heads_first)
     source, output = made.k.args[0], made.output
-    source.meta["val"] = heads_first(source.meta["val"]).unsqueeze(0)
+    source.meta["val"] = made.k.meta["val"].unsqueeze(one)
     output.args = ((*output.args[0], source),)
     output.meta["original_output_strides"].append(source.meta["val"].stride())
     assert kept.keep_layouts(made.graph) == 3
     strides = output.meta["original_output_strides"]
-    assert strides[1] == strides[-1][1:] == made.k.meta["val"].stride()
+    own = made.k.meta["val"].stride()
+    assert strides[1] == own
+    assert tuple(s for d, s in enumerate(strides[-1]) if d != one) == own
 
 
 def test_a_view_of_other_dims_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
