@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bla_inductor.bench.models import AttentionBlock
+from bla_inductor.bench.model_cases import AttentionBlock
 
 IMAGE, TOKENS = (4, 28, 28, 64), (4, 784, 64)
 BLOCKS = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bla_inductor.__main__ import main
-from bla_inductor.bench import command, measure, models
+from bla_inductor.bench import command, measure, model_cases, models
 from bla_inductor.bench.cases import SUITES, Case
 from bla_inductor.bench.output import read_csv
 from bla_inductor.bench.providers import naive
@@ -123,8 +123,8 @@ def test_every_case_is_a_possible_attention() -> None:
 
 def test_models(tmp_path, monkeypatch) -> None:
     """The suite of whole models: the zoo is found, both runs are timed, and checked before."""
-    small = models._zoo("mlla", "LinearAttention", 8, 2, shape=(1, 2, 3, 8))
-    monkeypatch.setattr(models, "MODELS", [models.Model("MLLA", 6, small, torch.float32)])
+    small = model_cases._zoo("mlla", "LinearAttention", 8, 2, shape=(1, 2, 3, 8))
+    monkeypatch.setattr(models, "MODELS", [model_cases.Model("MLLA", 6, small, torch.float32)])
     common = ["--device", "cpu", "--out", str(tmp_path), "--no-plot", "--providers", "torch"]
     assert main(["bench", "models", *common]) == 0
     (file,) = tmp_path.glob("*.csv")
@@ -135,7 +135,9 @@ def test_models(tmp_path, monkeypatch) -> None:
 
 def test_a_model_whose_package_is_not_installed_is_told(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "kornia", None)
-    monkeypatch.setattr(models, "MODELS", [models.Model("LoFTR", 20, models._loftr(16, 1, 1, 20))])
+    monkeypatch.setattr(
+        models, "MODELS", [model_cases.Model("LoFTR", 20, model_cases._loftr(16, 1, 1, 20))]
+    )
     common = ["--device", "cpu", "--out", str(tmp_path), "--providers", "torch"]
     assert main(["bench", "models", *common]) == 0
     assert "pip install kornia" in capsys.readouterr().out
@@ -143,7 +145,7 @@ def test_a_model_whose_package_is_not_installed_is_told(tmp_path, monkeypatch, c
 
 def test_loftr_takes_two_images() -> None:
     pytest.importorskip("kornia")
-    model, images, _ = models._loftr(16, 1, 2, 20)()
+    model, images, _ = model_cases._loftr(16, 1, 2, 20)()
     assert [tuple(x.shape) for x in model(*images)] == [(2, 20, 16)] * 2
 
 
@@ -176,7 +178,7 @@ def test_inference_is_checked_apart_from_training(tmp_path, monkeypatch, factor,
     def make():
         return torch.nn.BatchNorm1d(4), (torch.randn(16, 4),), {}
 
-    monkeypatch.setattr(models, "MODELS", [models.Model("norm", 16, make, torch.float32)])
+    monkeypatch.setattr(models, "MODELS", [model_cases.Model("norm", 16, make, torch.float32)])
     monkeypatch.setattr(models.torch, "compile", lambda f, **_: Wrong(f))
     common = ["--device", "cpu", "--out", str(tmp_path), "--no-plot"]
     assert main(["bench", "models", *common, "--providers", "torch,bla"]) == int(factor != 1)
@@ -188,8 +190,8 @@ def test_compilations_are_timed_after_the_first_of_the_process(tmp_path, monkeyp
     monkeypatch.setattr(
         models.torch, "compile", lambda f, backend, **_: (compiled.append(backend), f)[1]
     )
-    small = models._zoo("mlla", "LinearAttention", 8, 2, shape=(1, 2, 3, 8))
-    monkeypatch.setattr(models, "MODELS", [models.Model("MLLA", 6, small, torch.float32)])
+    small = model_cases._zoo("mlla", "LinearAttention", 8, 2, shape=(1, 2, 3, 8))
+    monkeypatch.setattr(models, "MODELS", [model_cases.Model("MLLA", 6, small, torch.float32)])
     common = ["--device", "cpu", "--out", str(tmp_path), "--no-plot", "--fresh"]
     assert main(["bench", "models", *common, "--providers", "inductor,bla"]) == 0
     assert compiled == ["inductor", "bla"] * 2
