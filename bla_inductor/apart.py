@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from bla_inductor.algebra import Observation
 from bla_inductor.operands import Operand
-from bla_inductor.ops.layout import known
+from bla_inductor.ops.layout import ROW, known
 
 __all__ = ["beside", "laid_channels_last", "will_be_beside", "written_apart"]
 
@@ -21,7 +21,6 @@ _IMAGES = ("conv2d", "conv_transpose2d")
 _OTHERS = ("conv1d", "conv3d", "conv_transpose1d", "conv_transpose3d")
 _PRODUCTS = ("linear", "einsum", "matmul", "bmm", "mm", "baddbmm", "addmm", "addbmm", "tensordot")
 _KEPT = ("softmax", "special_softmax")
-_ROW = 16  # bytes that the kernels read at a time
 _SMALL = 64  # channels
 _NODES = 100  # a convolution, at most: Inductor counts 300 of ATen's, Dynamo's here are fewer
 
@@ -67,7 +66,7 @@ def will_be_beside(operand: Operand, seen: Observation) -> bool:
     if _name(first) not in _IMAGES or bias is not None:
         return False
     image = seen.tensors[first]
-    whole = known(image.shape[1] * image.element_size() % _ROW == 0)
+    whole = known(image.shape[1] * image.element_size() % ROW == 0)
     return whole and laid_channels_last(node.graph, seen)
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from bla_inductor.failures import warn_once
 from bla_inductor.ops.layout import readable
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
@@ -32,7 +31,7 @@ from bla_inductor.slices import (
     to_contiguous,
     value,
 )
-from bla_inductor.undo import Snapshot
+from bla_inductor.undo import warned_on_failure
 
 __all__ = ["remove_copies"]
 
@@ -49,8 +48,7 @@ def remove_copies(graph: fx.Graph, device_type: str = "cuda") -> int:
     operators = [n for n in operators if value(n.args[0]).device.type == device_type]
     if not operators:
         return 0
-    before = Snapshot(graph)
-    try:
+    with warned_on_failure(graph, log, "copies around the backward stay"):
         removed = sum(_read_what_was_copied(node) for node in operators)
         after = descendants(operators)
         cats = graph.find_nodes(op="call_function", target=aten.cat.default)
@@ -59,10 +57,7 @@ def remove_copies(graph: fx.Graph, device_type: str = "cuda") -> int:
             graph.eliminate_dead_code()
             graph.lint()
         return removed
-    except Exception as error:
-        before.restore()
-        warn_once(log, "copies around the backward stay", error)
-        return 0
+    return 0
 
 
 def _read_what_was_copied(operator: fx.Node) -> int:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bla_inductor.ops.layout import ROW
+
 __all__ = ["KERNEL_LIMIT", "Decision", "Problem", "decide"]
 
 KERNEL_LIMIT = 256  # the largest head dim (of q and k, and of v) that the Triton kernels take
@@ -24,7 +26,6 @@ _FAST_FLOAT32_HEAD_DIM = 64
 # grouped convolution 1.00 to 1.13.
 _MOST_COPIES = 3
 _MOST_COPIES_UNNORMALISED = 1
-_ROW = 16  # bytes that the kernels read at a time
 _ALWAYS = "options={'rewrite': 'always'} overrides this"
 _INSIDE = {"scores": "matrix of scores q·kᵀ", "state": "state kᵀv"}
 
@@ -93,10 +94,10 @@ def decide(p: Problem) -> Decision:
             "with a result of their dtype, without key weights, with elementwise feature maps that "
             f"the normaliser shares, and not launched from C++. {_ALWAYS}",
         )
-    if p.device == "cuda" and (p.c * p.itemsize % _ROW or p.d * p.itemsize % _ROW):
+    if p.device == "cuda" and (p.c * p.itemsize % ROW or p.d * p.itemsize % ROW):
         return Decision(
             False,
-            f"head dims of {p.c} and {p.d}: not multiples of {_ROW // p.itemsize}, so the kernels "
+            f"head dims of {p.c} and {p.d}: not multiples of {ROW // p.itemsize}, so the kernels "
             f"would copy q, k and v into padded rows first. {_ALWAYS}",
         )
     if p.device == "cuda" and not p.quadratic and not p.upcast and p.many_copies():

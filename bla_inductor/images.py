@@ -16,10 +16,9 @@ import torch
 from torch import fx
 from torch._prims_common import suggest_memory_format
 
-from bla_inductor.failures import warn_once
 from bla_inductor.ops.schema import linear_attention_backward
 from bla_inductor.slices import descendants, is_static, value
-from bla_inductor.undo import Snapshot
+from bla_inductor.undo import warned_on_failure
 
 __all__ = ["lay_channels_last"]
 
@@ -35,8 +34,7 @@ def lay_channels_last(graph: fx.Graph, device_type: str = "cuda") -> int:
     operators = [n for n in operators if value(n.args[0]).device.type == device_type]
     if not operators:
         return 0
-    before = Snapshot(graph)
-    try:
+    with warned_on_failure(graph, log, "gradients of images stay as autograd lays them out"):
         after = descendants(operators)
         target = aten.convolution_backward.default
         readers = graph.find_nodes(op="call_function", target=target)
@@ -47,10 +45,7 @@ def lay_channels_last(graph: fx.Graph, device_type: str = "cuda") -> int:
         if gradients:
             graph.lint()
         return len(gradients)
-    except Exception as error:
-        before.restore()
-        warn_once(log, "gradients of images stay as autograd lays them out", error)
-        return 0
+    return 0
 
 
 def _is_last(reader: fx.Node) -> bool:

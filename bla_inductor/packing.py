@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bla_inductor.failures import warn_once
 from bla_inductor.ops.packed import linear_attention_backward_packed, written_into
 from bla_inductor.ops.schema import linear_attention_backward
 from bla_inductor.slices import (
-    VIEWS,
+    LAYOUT,
     Inexpressible,
     is_static,
     moved,
@@ -37,7 +36,7 @@ from bla_inductor.slices import (
     value,
     way,
 )
-from bla_inductor.undo import Snapshot
+from bla_inductor.undo import warned_on_failure
 
 __all__ = ["pack_gradients"]
 
@@ -80,18 +79,14 @@ def pack_gradients(graph: fx.Graph, device_type: str = "cuda", partly: bool = Fa
     nodes = graph.find_nodes(op="call_function", target=linear_attention_backward)
     if not nodes:
         return 0
-    before = Snapshot(graph)
-    try:
+    with warned_on_failure(graph, log, "gradients are joined by a copy"):
         nodes = [n for n in nodes if value(_args(n)[0]).device.type == device_type]
         packed = sum(_pack(n, partly) for n in nodes)
         if packed:
             graph.eliminate_dead_code()
             graph.lint()
         return packed
-    except Exception as error:
-        before.restore()
-        warn_once(log, "gradients are joined by a copy", error)
-        return 0
+    return 0
 
 
 def _pack(node: fx.Node, partly: bool) -> bool:
@@ -206,9 +201,8 @@ def _is_some(top: fx.Node, parts: Sequence[_Part]) -> bool:
 
 
 def _is_read_in_memory(node: fx.Node) -> bool:
-    readers = (u for u in node.users if u.target not in (*VIEWS, aten.permute.default))
-    views = (u for u in node.users if u.target in (*VIEWS, aten.permute.default))
-    return any(u.target in _LIBRARIES for u in readers) or any(map(_is_read_in_memory, views))
+    views = (u for u in node.users if u.target in LAYOUT)
+    return any(u.target in _LIBRARIES for u in node.users) or any(map(_is_read_in_memory, views))
 
 
 def _fill(joined: fx.Node, cat: fx.Node, parts: Sequence[_Part]) -> None:

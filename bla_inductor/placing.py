@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bla_inductor.failures import warn_once
 from bla_inductor.ops.layout import dense_order
 from bla_inductor.ops.packed import linear_attention_backward_packed
 from bla_inductor.ops.schema import linear_attention_backward
-from bla_inductor.slices import VIEWS, Inexpressible, is_static, undone, value, way
-from bla_inductor.undo import Snapshot
+from bla_inductor.slices import LAYOUT, Inexpressible, is_static, undone, value, way
+from bla_inductor.undo import warned_on_failure
 
 __all__ = ["place_gradients"]
 
@@ -34,29 +33,29 @@ _OPERATORS = ((linear_attention_backward, 0), (linear_attention_backward_packed,
 
 
 def place_gradients(graph: fx.Graph, device_type: str = "cuda") -> int:
-    """Rewrite `graph`, whose nodes have their fake value as meta["val"]; how many copies went."""
-    before = Snapshot(graph)
-    try:
-        placed = 0
-        for target, first in _OPERATORS:
-            for node in graph.find_nodes(op="call_function", target=target):
-                if value(node.args[0]).device.type == device_type:
-                    placed += sum(_place(node, u, first) for u in [*node.users])
+    """Rewrite `graph`, whose nodes have their fake value as meta["val"]; how many gradients lie
+    otherwise.
+    """
+    operators = [
+        (node, first)
+        for target, first in _OPERATORS
+        for node in graph.find_nodes(op="call_function", target=target)
+        if value(node.args[0]).device.type == device_type
+    ]
+    if not operators:
+        return 0
+    with warned_on_failure(graph, log, "gradients are copied to where they are read"):
+        placed = sum(_place(n, u, first) for n, first in operators for u in [*n.users])
         if placed:
             graph.lint()
         return placed
-    except Exception as error:
-        before.restore()
-        warn_once(log, "gradients are copied to where they are read", error)
-        return 0
+    return 0
 
 
 def _place(operator: fx.Node, gradient: fx.Node, first: int) -> bool:
     """first: which result of the operator is dq."""
     number: Any = gradient.args[1] - first if gradient.target is getitem else -1  # type: ignore[operator]
-    if not 0 <= number < 5:
-        return False
-    if not is_static(gradient):
+    if not 0 <= number < 5 or not is_static(gradient):
         return False
     nodes = way(gradient)[0]
     while nodes and nodes[-1].target is not aten.clone.default:
@@ -88,7 +87,7 @@ def _ask_for(operator: fx.Node, gradient: fx.Node, number: int, order: list[int]
 
 def _is_result(node: fx.Node) -> bool:
     """Whether users see a tensor, or a view of it, and so its strides."""
-    views = (u for u in node.users if u.target in (*VIEWS, aten.permute.default))
+    views = (u for u in node.users if u.target in LAYOUT)
     return any(u.op == "output" for u in node.users) or any(map(_is_result, views))
 
 

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from bla_inductor.failures import warn_once
 from bla_inductor.lowering_cuda import OPERATORS
 from bla_inductor.ops.layout import known
 from bla_inductor.slices import VIEWS, value
-from bla_inductor.undo import Snapshot
+from bla_inductor.undo import warned_on_failure
 
 __all__ = ["powers_by_logarithm"]
 
@@ -50,8 +49,7 @@ def powers_by_logarithm(graph: fx.Graph, device_type: str = "cuda") -> int:
     if not any(graph.find_nodes(op="call_function", target=operator) for operator in OPERATORS):
         return 0
     powers = [n for o in _POWERS for n in graph.find_nodes(op="call_function", target=o)]
-    before = Snapshot(graph)
-    try:
+    with warned_on_failure(graph, log, "powers are computed as they were written"):
         chosen = [node for node in powers if _is_worth_it(node, device_type)]
         for node in chosen:
             node.replace_all_uses_with(_by_logarithm(node))
@@ -60,10 +58,7 @@ def powers_by_logarithm(graph: fx.Graph, device_type: str = "cuda") -> int:
             graph.lint()
             log.debug("%d powers are computed as exp(p · log x)", len(chosen))
         return len(chosen)
-    except Exception as error:
-        before.restore()
-        warn_once(log, "powers are computed as they were written", error)
-        return 0
+    return 0
 
 
 def _is_worth_it(power: fx.Node, device_type: str) -> bool:

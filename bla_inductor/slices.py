@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 __all__ = [
+    "LAYOUT",
     "NO_VIEW",
     "VIEWS",
     "Inexpressible",
@@ -28,11 +29,7 @@ __all__ = [
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-
-
-_LAYOUT = (*VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
-
-
+LAYOUT = (*VIEWS, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim)
 # What `view` raises of memory that has no such view; ValueError while a FakeTensorMode is active.
 NO_VIEW = (RuntimeError, ValueError)
 
@@ -97,7 +94,7 @@ def way(x: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
     nodes: list[fx.Node] = []
     while (user := only_user(nodes[-1] if nodes else x)) is not None:
         copy = user.target is aten.clone.default and value(user).is_contiguous()
-        if not copy and user.target not in _LAYOUT:
+        if not copy and user.target not in LAYOUT:
             break
         nodes.append(user)
     return nodes, user

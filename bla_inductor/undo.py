@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import fx
 
-__all__ = ["Snapshot", "undone_on_failure"]
+from bla_inductor.failures import warn_once
+
+__all__ = ["Snapshot", "undone_on_failure", "warned_on_failure"]
 
 
 class Snapshot:
@@ -64,3 +67,16 @@ def undone_on_failure(modules: Iterable[Any]) -> Iterator[None]:
             snapshot.restore()
             gm.recompile()
         raise
+
+
+@contextmanager
+def warned_on_failure(graph: fx.Graph, log: logging.Logger, consequence: str) -> Iterator[None]:
+    """For a pass that saves something, and costs nobody a compilation: where it fails, `graph` is
+    put back, a warning tells so and what follows from it, and what comes after the block goes on.
+    """
+    before = Snapshot(graph)
+    try:
+        yield
+    except Exception as error:
+        before.restore()
+        warn_once(log, consequence, error)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+ROW = 16  # bytes that the kernels read at a time
 Size = TypeVar("Size")  # an int, or an expression of Inductor's
 
 
@@ -98,7 +99,7 @@ def readable(x: Tensor, unit: int = 0) -> bool:
 
     unit: what strides have to be multiples of, where 16 bytes are not enough.
     """
-    unit = unit or 16 // x.element_size()
+    unit = unit or ROW // x.element_size()
     pairs = zip(x.shape, x.stride(), strict=True)
     wide = [known(size == 1) or known(stride % unit == 0) for size, stride in pairs]
     return known(x.stride(-1) == 1) and all(wide[:-1])

@@ -15,12 +15,10 @@ from torch._inductor import ir
 from torch._inductor import lowering as inductor
 from torch._inductor.virtualized import V
 
-from bla_inductor.ops.layout import dense_strides
+from bla_inductor.ops.layout import ROW, dense_strides
 from bla_inductor.templates import Unsupported
 from bla_inductor.templates.arguments import hint
 from bla_inductor.templates.operands import Expr, Node, equal, merges, realized
-
-_ROW = 16  # bytes that the kernels read at a time
 
 
 def in_tiles(name: str, x: Node) -> Node:
@@ -40,9 +38,9 @@ def in_tiles(name: str, x: Node) -> Node:
     first = view = _view(x)
     if _suits(view):
         return view
-    if features * x.get_dtype().itemsize % _ROW:
+    if features * x.get_dtype().itemsize % ROW:
         raise Unsupported(
-            f"{name} has rows of {features} × {x.get_dtype()}, no multiple of {_ROW} bytes: it is "
+            f"{name} has rows of {features} × {x.get_dtype()}, no multiple of {ROW} bytes: it is "
             "copied into longer ones first"
         )
     if base is not None and flexible is not None:
@@ -117,7 +115,7 @@ def _suits(x: Node | None) -> bool:
 
     def aligned(elements: Expr) -> bool:
         offset = sympy.sympify(elements * layout.dtype.itemsize)
-        return bool(V.graph.sizevars.statically_known_multiple_of(offset, _ROW))
+        return bool(V.graph.sizevars.statically_known_multiple_of(offset, ROW))
 
     *outer, (_, innermost) = zip(layout.size, layout.stride, strict=True)
     return (
