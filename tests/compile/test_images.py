@@ -5,8 +5,8 @@ kernels or by the join.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import pkgutil
+from collections.abc import Callable
 from operator import getitem
 from typing import Any
 from unittest import mock
@@ -127,19 +127,31 @@ def test_a_gradient_that_users_see_keeps_its_strides() -> None:
     assert value(given(graph)).is_contiguous(memory_format=torch.channels_last)
 
 
-@contextmanager
-def failing(step: str, caplog: Any) -> Iterator[None]:
-    """A pass whose `step` fails: not the compilation, but there is a warning."""
+def undone(
+    run: Callable[..., int], step: str, caplog: Any, graph: fx.Graph, device_type: str
+) -> int:
+    """A pass, `run`, that fails when it has taken `step`: a warning, and the graph is as it was."""
+    real, before = pkgutil.resolve_name(f"bla_inductor.{step}"), str(graph)
+
+    def fail(*args: Any) -> None:
+        real(*args)
+        raise KeyError("on purpose")
+
     with (
-        mock.patch(f"bla_inductor.{step}", side_effect=KeyError("on purpose")),
+        mock.patch(f"bla_inductor.{step}", fail),
         caplog.at_level(logging.WARNING, logger="bla_inductor"),
     ):
-        yield
+        count = run(graph, device_type)
+    assert str(graph) == before
+    return count
 
 
 def test_a_failure_of_the_pass_leaves_the_graph(caplog: Any) -> None:
-    with failing("images._lay", caplog):
-        before, after, _, count = gradients(all_ours, image(), laid)
+    def run(graph: fx.Graph, device_type: str) -> int:
+        as_inductor_keeps_it(graph)
+        return undone(lay_channels_last, "images._lay", caplog, graph, device_type)
+
+    before, after, _, count = gradients(all_ours, image(), run)
     assert count == 0
     torch.testing.assert_close(after, before)
     assert "stay as autograd lays them out" in caplog.text
