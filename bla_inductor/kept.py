@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from bla_inductor.failures import warn_once
-from bla_inductor.ops.layout import dense_strides
+from bla_inductor.ops.layout import dense_order, dense_strides
 from bla_inductor.ops.schema import linear_attention_forward
 from bla_inductor.slices import NO_VIEW, VIEWS, is_static, permutation, value
 
@@ -85,10 +85,10 @@ def _wanted(operator: fx.Node, channels_last: bool) -> Iterator[tuple[fx.Node, t
         if channels_last and (views := _of_convolution(x)):
             yield from views
             continue
-        order = _own_order(value(x)) if _is_given(x) else _order(x, channels_last)
+        order = dense_order(value(x)) if _is_given(x) else _order(x, channels_last)
         while True:
             t = value(x)
-            same = _longer(t, order) == _longer(t, _own_order(t))
+            same = _longer(t, order) == _longer(t, dense_order(t))
             yield x, t.stride() if same else tuple(dense_strides(t.shape, order))
             if x.target is aten.permute.default:
                 order = [permutation(x)[d] for d in order]
@@ -135,7 +135,7 @@ def _order(x: fx.Node, channels_last: bool) -> list[int]:
     features = t.dim() - 1
     if channels_last and t.dim() == 4 and t.stride(features) != 1:
         return [0, 2, 1, features]  # a convolution's result is then one of tokens by channels
-    return [*(d for d in _own_order(t) if d != features), features]
+    return [*(d for d in dense_order(t) if d != features), features]
 
 
 def _longer(t: Tensor, dims: Sequence[int]) -> list[int]:
@@ -153,8 +153,3 @@ def _with_ones(view: fx.Node, order: Sequence[int]) -> list[int]:
         return []
     ones = [d for d in range(before.dim()) if d not in there]
     return ones + [there[kept.index(d)] for d in order if d in kept]
-
-
-def _own_order(t: Tensor) -> list[int]:
-    strides = t.stride()
-    return sorted(range(t.dim()), key=lambda d: -strides[d])
